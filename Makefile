@@ -1,0 +1,43 @@
+# The two commands of a fresh machine are `make demo` and `make test`. Everything else they need, they make.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-quick lint format engine clean
+
+demo: engine
+	@$(BIN)/pd-launch up --model tiny
+
+test: engine
+	@$(BIN)/pytest
+
+# Without real engines: seconds instead of minutes.
+test-quick: .venv/installed
+	@$(BIN)/pytest --ignore tests/e2e
+
+lint: .venv/installed
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: .venv/installed
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+# vLLM and Mooncake, in an environment of their own in the user's cache folder; quick when it is there.
+engine: .venv/installed
+	@$(BIN)/pd-launch setup
+
+.venv/installed: pyproject.toml
+	@echo "making .venv (pip's output: .venv/pip.log)"
+	@$(PYTHON) -c 'import sys; sys.exit("pd-launch needs Python 3.11 or newer, this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "Python cannot make virtual environments here; as root: apt-get install -y python3-venv"; exit 1; }
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --editable '.[test]' > .venv/pip.log 2>&1 & pid=$$!; \
+	  while kill -0 $$pid 2>/dev/null; do sleep 5; kill -0 $$pid 2>/dev/null && tail -n 1 .venv/pip.log | cut -c1-100; done; \
+	  wait $$pid || { tail -n 20 .venv/pip.log; exit 1; }
+	@touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

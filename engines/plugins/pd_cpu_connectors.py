@@ -1,0 +1,19 @@
+"""Mooncake's KV connectors, made to run in a vLLM engine that has no accelerator.
+
+Loaded by the engine through `kv_connector` + `kv_connector_module_path`, with this folder on its `PYTHONPATH`.
+The transfer itself is untouched: the real TransferEngine moves real KV blocks over TCP.
+
+vLLM 0.32 asks for the current accelerator before it starts the transfer engine (mooncake_connector.py, worker
+`__init__`), which raises on a CPU build. There is one CPU device, so its index is 0.
+"""
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.mooncake_connector import MooncakeConnector
+from vllm.platforms import current_platform
+
+if current_platform.is_cpu():
+    torch.accelerator.current_device_index = lambda: 0
+
+
+class CpuMooncakeConnector(MooncakeConnector):
+    """`MooncakeConnector` on a CPU; the name shows in the engine's log that the plug-in was loaded."""

@@ -1,0 +1,423 @@
+"""The routes of a simulated node."""
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+
+from .. import openai
+from ..base import JSONObject, Role
+from . import tokens
+from .answers import DONE, Choice, Envelope, sse
+from .faults import Faults, Kind
+from .kv import KVCache
+from .request import RefusedError, SchemaError, Wanted, for_choice, parse
+from .transfer import TransferError, pull
+
+REMEMBERED_REQUESTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the command line and the environment said."""
+
+    model: str
+    role: Role | None
+    max_model_len: int
+    load_failure_policy: str
+    transfer_timeout_s: float
+
+
+class Counters:
+    """vLLM's own series, those a proxy or a launcher reads."""
+
+    def __init__(self, model: str, kv: KVCache) -> None:
+        self.registry = CollectorRegistry()
+        by_source = Counter(
+            "vllm:prompt_tokens_by_source", "Prompt tokens by source.", ["model_name", "source"], registry=self.registry
+        )
+        self.computed = by_source.labels(model, "local_compute")
+        self.transferred = by_source.labels(model, "external_kv_transfer")
+        by_source.labels(model, "local_cache_hit")
+        usage = Gauge("vllm:kv_cache_usage_perc", "KV-cache usage.", ["model_name"], registry=self.registry)
+        usage.labels(model).set_function(kv.usage)
+        self.running = Gauge(
+            "vllm:num_requests_running", "Requests running.", ["model_name"], registry=self.registry
+        ).labels(model)
+        self.waiting = Gauge(
+            "vllm:num_requests_waiting", "Requests waiting.", ["model_name"], registry=self.registry
+        ).labels(model)
+
+
+@dataclass
+class SimNode:
+    """One node's life. A new `engine_id` with every start, as vLLM makes one."""
+
+    settings: Settings
+    stop_listening: Callable[[float], None]
+    engine_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    faults: Faults = field(default_factory=Faults)
+    received: deque[JSONObject] = field(default_factory=lambda: deque(maxlen=REMEMBERED_REQUESTS))
+
+    def __post_init__(self) -> None:
+        self.kv = KVCache(self.settings.transfer_timeout_s)
+        self.counters = Counters(self.settings.model, self.kv)
+        self.client = httpx.AsyncClient(trust_env=False)
+        self.background: set[asyncio.Task[Any]] = set()
+
+    # -- routes
+
+    async def generate(self, request: Request, *, chat: bool) -> Response:
+        kind = self.faults.take()
+        raw = await request.body()
+        self._remember(request, raw)
+        if kind == "status":
+            return _error("simulated failure", "InternalServerError", self.faults.status, headers=self.faults.headers)
+        if kind == "drop":
+            request.scope["sim.transport"].abort()
+        if kind in ("hang", "drop"):
+            await _until_gone(request)
+            return Response(status_code=499)
+        try:
+            body = orjson.loads(raw)
+        except orjson.JSONDecodeError as exc:
+            return _error(f"1 validation error:\n  JSON decode error: {exc}", "Bad Request", 400)
+        try:
+            wanted = parse(body, chat=chat, model=self.settings.model, max_model_len=self.settings.max_model_len)
+        except SchemaError as exc:
+            return _error(f"1 validation error:\n  {exc}", "Bad Request", 400)
+        except RefusedError as exc:
+            self._release(body.get("kv_transfer_params") or {})
+            return _error(str(exc), "BadRequestError" if exc.status == 400 else "NotFoundError", exc.status, exc.param)
+        self._die_of_the_wrong_role(wanted.kv)
+        return await self._answer(request, wanted, kind)
+
+    async def bootstrap_pull(self, request: Request) -> Response:
+        """Stands in for the ZMQ side channel and the transfer engine."""
+        prompt = await self.kv.pull((await request.json())["transfer_id"])
+        if prompt is None:
+            return Response(status_code=404)
+        return JSONResponse({"prompt_token_ids": prompt})
+
+    def query(self) -> JSONObject:
+        return {"0": {"engine_id": self.engine_id, "worker_addr": {"0": {"0": "tcp://127.0.0.1:0"}}}}
+
+    def state(self) -> JSONObject:
+        return {
+            "engine_id": self.engine_id,
+            "held": sorted(self.kv.held),
+            "expired": self.kv.expired,
+            "waiting_pulls": self.kv.waiting_pulls,
+            "leaked_blocks": self.kv.leaked_blocks,
+            "faults": self.faults.model_dump(),
+            "received": list(self.received),
+        }
+
+    def control(self, settings: JSONObject) -> JSONObject:
+        """Replace the faults; fields not given go back to their defaults, latency included."""
+        self.faults = Faults(**settings)
+        if self.faults.refuse_s:
+            self.stop_listening(self.faults.refuse_s)
+        return self.faults.model_dump()
+
+    # -- one request
+
+    async def _answer(self, request: Request, wanted: Wanted, kind: Kind | None) -> Response:
+        stack = AsyncExitStack()
+        try:
+            prompts = await _unless_gone(request, self._admit(wanted, stack))
+            if prompts is None:
+                return Response(status_code=499)
+            choices = self._choices(wanted, prompts)
+            envelope = Envelope(_request_id(request, wanted), int(time.time()), self.settings.model, wanted)
+            if kind == "error-first" or (kind == "finish-error" and wanted.stream):
+                return _events([sse(openai.error_body("simulated failure", "InternalServerError", 500)), DONE])
+            if wanted.stream:
+                running = stack.pop_all()
+                stream = self._stream(request, wanted, choices, envelope, kind)
+                return StreamingResponse(_closing(stream, running), media_type="text/event-stream")
+            body = await _unless_gone(request, self._whole(wanted, choices, envelope))
+            if body is None:
+                self._spurious_pull(wanted.kv)
+                return Response(status_code=499)
+            if kind == "finish-error":
+                body["choices"][0]["finish_reason"] = "error"
+            return JSONResponse(body)
+        except TransferError as exc:
+            return _load_failed(wanted, exc)
+        finally:
+            await stack.aclose()
+
+    async def _admit(self, wanted: Wanted, stack: AsyncExitStack) -> tuple[tuple[int, ...], ...]:
+        """Count the request as running, and get its prompts' KV: by transfer, or by computing it."""
+        stack.enter_context(self.counters.running.track_inprogress())
+        for ids in wanted.prompts:
+            stack.enter_context(self.kv.running(len(ids)))
+        prompts = await self._transferred(wanted) if wanted.kv.get("do_remote_prefill") else None
+        if prompts is not None:
+            self.counters.transferred.inc(sum(map(len, prompts)))
+            return prompts
+        await asyncio.sleep(self.faults.ttft_s)
+        self.counters.computed.inc(sum(map(len, wanted.prompts)))
+        return wanted.prompts
+
+    async def _transferred(self, wanted: Wanted) -> tuple[tuple[int, ...], ...] | None:
+        """The KV each sequence asked for. None: it did not come, and the policy is to compute it here.
+
+        What is generated goes on from what *came*: nothing checks that KV and prompt belong together.
+        """
+        if not {"transfer_id", "remote_engine_id", "remote_bootstrap_addr"} <= wanted.kv.keys():
+            self.kv.leak(sum(map(len, wanted.prompts)))
+            await asyncio.Event().wait()
+        try:
+            return tuple([await pull(self.client, wanted.kv, self.settings.transfer_timeout_s) for _ in wanted.prompts])
+        except TransferError:
+            if self.settings.load_failure_policy == "fail":
+                raise
+            return None
+
+    def _choices(self, wanted: Wanted, prompts: tuple[tuple[int, ...], ...]) -> list[Choice]:
+        return [
+            Choice(number * wanted.n + sample, ids, tokens.decode(ids) if wanted.echo else "")
+            for number, ids in enumerate(prompts)
+            for sample in range(wanted.n)
+        ]
+
+    async def _steps(self, wanted: Wanted, choice: Choice) -> AsyncIterator[tuple[str, list[int]]]:
+        """(text, ids) of each token; the choice's finish reason is set with the last."""
+        sampling = for_choice(wanted.sampling, choice.index)
+        for token, reason in tokens.generate(choice.prompt, sampling):
+            text = tokens.token_text(token)
+            choice.ids.append(token)
+            choice.text += text
+            choice.finish_reason = reason
+            if reason == "stop" and token in sampling.stop_token_ids:
+                choice.stop_reason = token
+            self._cut_at_stop_string(wanted, choice)
+            yield text, [token]
+            if choice.finish_reason is not None:
+                self._finished(wanted, choice)
+                return
+            await asyncio.sleep(self.faults.itl_s)
+
+    def _cut_at_stop_string(self, wanted: Wanted, choice: Choice) -> None:
+        for stop in wanted.stop:
+            if stop in choice.text:
+                choice.text = choice.text[: choice.text.index(stop)]
+                choice.finish_reason, choice.stop_reason = "stop", stop
+
+    def _finished(self, wanted: Wanted, choice: Choice) -> None:
+        """A producer keeps KV for a request that ended by length, and for no other."""
+        transfer_id = wanted.kv.get("transfer_id")
+        if wanted.kv.get("do_remote_decode") and transfer_id and choice.finish_reason == "length":
+            self.kv.hold(transfer_id, choice.prompt)
+
+    async def _whole(self, wanted: Wanted, choices: list[Choice], envelope: Envelope) -> JSONObject:
+        for choice in choices:
+            async for _ in self._steps(wanted, choice):
+                pass
+        return envelope.body(choices, self._cached(wanted))
+
+    async def _stream(
+        self, request: Request, wanted: Wanted, choices: list[Choice], envelope: Envelope, kind: Kind | None
+    ) -> AsyncIterator[bytes]:
+        sent = 0
+        for choice in choices:
+            if wanted.chat:
+                yield envelope.event(choice, "", [], first=True)
+            async for text, ids in self._steps(wanted, choice):
+                await self._break_off(request, kind, sent)
+                yield envelope.event(choice, text, ids, first=not wanted.chat and len(choice.ids) == 1)
+                sent += 1
+        if wanted.include_usage:
+            yield envelope.usage_event(choices, self._cached(wanted))
+        yield DONE
+
+    async def _break_off(self, request: Request, kind: Kind | None, sent: int) -> None:
+        if kind is None or sent < self.faults.chunks:
+            return
+        if kind == "exit-after":
+            os._exit(1)
+        if kind == "drop-after":
+            request.scope["sim.transport"].close()  # what was written still goes out, then an end without an end
+        if kind in ("drop-after", "hang-after"):
+            await asyncio.Event().wait()
+
+    def _cached(self, wanted: Wanted) -> int:
+        """VLLM counts every transferred token as cached, unless it is told the prefill node's number."""
+        if not wanted.kv.get("do_remote_prefill"):
+            return 0
+        told = wanted.kv.get("remote_prefill_cached_tokens")
+        return sum(map(len, wanted.prompts)) if told is None else int(told)
+
+    # -- what the engine does besides answering
+
+    def _die_of_the_wrong_role(self, kv: JSONObject) -> None:
+        """An assertion in vLLM's scheduler: the engine core dies, and the API server with it."""
+        wrong = {Role.PREFILL: "do_remote_prefill", Role.DECODE: "do_remote_decode"}
+        if self.settings.role and kv.get(wrong[self.settings.role]):
+            print("AssertionError: EngineCore encountered a fatal error", file=sys.stderr, flush=True)  # noqa: T201
+            os._exit(1)
+
+    def _release(self, kv: JSONObject) -> None:
+        """A rejected decode pulls nothing and so frees the prefill node's KV."""
+        if kv.get("do_remote_prefill") and "remote_bootstrap_addr" in kv:
+            self._in_background(pull(self.client, kv, self.settings.transfer_timeout_s))
+
+    def _spurious_pull(self, kv: JSONObject) -> None:
+        """A non-streaming request dropped after its KV came pulls again, for an id the prefill node has forgotten."""
+        self._release(kv)
+
+    def _in_background(self, work: Any) -> None:
+        task = asyncio.create_task(_quiet(work))
+        self.background.add(task)
+        task.add_done_callback(self.background.discard)
+
+    def _remember(self, request: Request, raw: bytes) -> None:
+        try:
+            body = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            body = raw.decode("utf-8", "replace")
+        self.received.append({"path": request.url.path, "headers": dict(request.headers), "body": body})
+
+
+def make_app(node: SimNode) -> FastAPI:
+    """The API server of a node."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        for task in node.background:
+            task.cancel()
+        await node.client.aclose()
+
+    app = FastAPI(title="pd-launch engine simulator", lifespan=lifespan)
+    model: JSONObject = {
+        "id": node.settings.model,
+        "object": "model",
+        "owned_by": "pd-launch-sim",
+        "root": node.settings.model,
+        "parent": None,
+        "max_model_len": node.settings.max_model_len,
+    }
+
+    @app.get("/health")
+    async def health() -> Response:
+        return Response()
+
+    @app.get("/version")
+    async def version() -> JSONObject:
+        return {"version": "sim"}
+
+    @app.get("/v1/models")
+    async def models() -> JSONObject:
+        return {"object": "list", "data": [model]}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(node.counters.registry), media_type="text/plain")
+
+    @app.post("/tokenize")
+    async def tokenize(body: dict[str, Any]) -> JSONObject:
+        ids = tokens.render_chat(body["messages"], body) if "messages" in body else tokens.encode(body["prompt"])
+        return {"count": len(ids), "max_model_len": node.settings.max_model_len, "tokens": ids}
+
+    @app.post("/detokenize")
+    async def detokenize(body: dict[str, Any]) -> JSONObject:
+        return {"prompt": tokens.decode(body["tokens"])}
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await node.generate(request, chat=False)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await node.generate(request, chat=True)
+
+    @app.get("/sim")
+    async def state() -> JSONObject:
+        return node.state()
+
+    @app.post("/sim")
+    async def control(settings: dict[str, Any]) -> JSONObject:
+        return node.control(settings)
+
+    return app
+
+
+def make_bootstrap_app(node: SimNode) -> FastAPI:
+    """The bootstrap server of a prefill node."""
+    app = FastAPI(title="pd-launch bootstrap simulator")
+
+    @app.get("/query")
+    async def query() -> JSONObject:
+        return node.query()
+
+    @app.post("/sim/pull")
+    async def pull_kv(request: Request) -> Response:
+        return await node.bootstrap_pull(request)
+
+    return app
+
+
+async def _unless_gone(request: Request, work: Any) -> Any:
+    """The result of `work`, or None when the client leaves first (the work is then cancelled)."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_until_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _closing(stream: AsyncIterator[bytes], stack: AsyncExitStack) -> AsyncIterator[bytes]:
+    async with stack:
+        async for chunk in stream:
+            yield chunk
+
+
+async def _quiet(work: Any) -> None:
+    with contextlib.suppress(TransferError):
+        await work
+
+
+def _load_failed(wanted: Wanted, exc: TransferError) -> Response:
+    """VLLM's `kv_load_failure_policy: fail`: a 500, or in a stream a 200 whose first event is an error."""
+    if wanted.stream:
+        return _events([sse(openai.error_body("Internal server error", "InternalServerError", 500)), DONE])
+    return _error(f"Internal server error: {exc}", "InternalServerError", 500)
+
+
+def _events(events: list[bytes]) -> Response:
+    return Response(b"".join(events), media_type="text/event-stream")
+
+
+def _error(
+    message: str, kind: str, status: int, param: str | None = None, headers: dict[str, str] | None = None
+) -> Response:
+    return JSONResponse(openai.error_body(message, kind, status, param), status, headers)
+
+
+def _request_id(request: Request, wanted: Wanted) -> str:
+    given = request.headers.get("x-request-id") or uuid.uuid4().hex
+    return f"chatcmpl-{given}" if wanted.chat else f"cmpl-{given}"

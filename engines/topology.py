@@ -1,0 +1,72 @@
+"""The seam between the control plane and the data plane: which nodes there are, and where.
+
+Written whole by whatever starts nodes (pd-launch on this host, or any other scheduler), read by the proxy. As JSON:
+
+    {"connector": "MooncakeConnector",
+     "nodes": [{"name": "prefill-0", "role": "prefill", "url": "http://10.0.0.1:8100",
+                "bootstrap": "http://10.0.0.1:8998"},
+               {"name": "decode-0", "role": "decode", "url": "http://10.0.0.2:8200"}]}
+"""
+
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from .base import Role
+
+
+def _base_url(url: str) -> str:
+    """`http://host[:port]`, nothing behind it: the engine appends its own path (`/query`) to a bootstrap address."""
+    parts = urlsplit(url)
+    try:
+        port_is_valid = parts.port is None or parts.port > 0
+    except ValueError:
+        port_is_valid = False
+    if parts.scheme != "http" or not parts.hostname or not port_is_valid:
+        raise ValueError(f"{url!r} is not of the form http://host:port")
+    if parts.path not in ("", "/") or parts.query or parts.fragment or parts.username:
+        raise ValueError(f"{url!r} has more than http://host:port in it; leave the rest away")
+    return f"http://{parts.netloc}"
+
+
+BaseURL = Annotated[str, AfterValidator(_base_url)]
+
+
+class Node(BaseModel):
+    """One running engine server."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1)
+    role: Role
+    url: BaseURL
+    bootstrap: BaseURL | None = None
+    """Where a prefill node's Mooncake bootstrap server answers, as seen from the *decode nodes*."""
+
+    @model_validator(mode="after")
+    def _prefill_has_a_bootstrap(self) -> Self:
+        if self.role is Role.PREFILL and self.bootstrap is None:
+            raise ValueError(f"prefill node {self.name!r} needs 'bootstrap', the address of its bootstrap server")
+        return self
+
+
+class Topology(BaseModel):
+    """Every node the proxy may use."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    connector: Literal["MooncakeConnector"] = "MooncakeConnector"
+    nodes: tuple[Node, ...] = ()
+
+    @model_validator(mode="after")
+    def _each_node_once(self) -> Self:
+        for what in ("name", "url"):
+            values = [getattr(node, what) for node in self.nodes]
+            twice = sorted({value for value in values if values.count(value) > 1})
+            if twice:
+                raise ValueError(f"more than one node has the {what} {', '.join(twice)}")
+        return self
+
+    def of(self, role: Role) -> tuple[Node, ...]:
+        return tuple(node for node in self.nodes if node.role is role)

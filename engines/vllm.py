@@ -1,0 +1,118 @@
+"""vLLM as a node: how it is started, and what its answers mean. Checked against vLLM 0.32."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from . import mooncake
+from .base import JSONObject, Role
+
+Device = Literal["cpu", "cuda"]
+
+OWNED_FLAGS = frozenset({"--host", "--port", "--model", "--served-model-name", "--kv-transfer-config", "--uds"})
+"""Flags the plan decides; passing them through would start something other than what was checked."""
+
+KV_CACHE_USAGE = "vllm:kv_cache_usage_perc"
+PROMPT_TOKENS_BY_SOURCE = "vllm:prompt_tokens_by_source_total"
+TRANSFERRED = "external_kv_transfer"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What one node is started with; the plan fills it in."""
+
+    role: Role
+    model: str
+    served_model_name: str
+    host: str
+    port: int
+    device: Device
+    protocol: mooncake.Protocol
+    transfer_ports: tuple[int, int]
+    bootstrap_port: int | None
+    transfer_timeout_s: int
+    max_model_len: int | None = None
+    devices: tuple[str, ...] = ()
+    extra_args: tuple[str, ...] = ()
+
+
+def arguments(launch: Launch) -> list[str]:
+    """Everything behind `python -m vllm.entrypoints.openai.api_server`.
+
+    That module and not `vllm serve`: the CPU build's script dies looking for a distribution named `vllm`.
+    """
+    config = mooncake.kv_transfer_config(launch.role, launch.protocol, on_cpu=launch.device == "cpu")
+    args = ["--model", launch.model, "--served-model-name", launch.served_model_name]
+    args += ["--host", launch.host, "--port", str(launch.port)]
+    args += ["--kv-transfer-config", json.dumps(config, separators=(",", ":"))]
+    args += ["--enable-prompt-tokens-details"]  # without it nobody can tell cached tokens from transferred ones
+    if launch.max_model_len is not None:
+        args += ["--max-model-len", str(launch.max_model_len)]
+    if launch.device == "cpu":
+        args += ["--enforce-eager"]  # compiling takes longer on a CPU than it ever gives back
+    if len(launch.devices) > 1:
+        args += ["--tensor-parallel-size", str(len(launch.devices))]
+    return args + list(launch.extra_args)
+
+
+def environment(launch: Launch) -> dict[str, str]:
+    """Variables set for the node, on top of the launcher's own environment."""
+    variables = mooncake.environment(
+        transfer_ports=launch.transfer_ports,
+        bootstrap_port=launch.bootstrap_port,
+        protocol=launch.protocol,
+        transfer_timeout_s=launch.transfer_timeout_s,
+    )
+    variables |= {
+        "VLLM_HOST_IP": launch.host,  # else guessed, and a wrong network card is a transfer that times out
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",  # the default, 5 s, drops the proxy's idle connections
+        "VLLM_NO_USAGE_STATS": "1",
+        "NO_PROXY": f"{launch.host},127.0.0.1,localhost",  # nodes ask each other's bootstrap over plain HTTP
+        "no_proxy": f"{launch.host},127.0.0.1,localhost",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if launch.device == "cpu":
+        variables |= {
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else both nodes pin their threads to the same cores
+            "OMP_NUM_THREADS": "1",
+        }
+    if launch.devices:
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(launch.devices)
+    return variables
+
+
+UNSET = ("VLLM_PORT", "MC_HANDSHAKE_PORT", "MC_LEGACY_RPC_PORT_BINDING", "VLLM_USE_V1")
+"""Taken out of a node's environment: Kubernetes sets VLLM_PORT to a URI for any service named vllm, which is a
+start-up error, and the others mislead."""
+
+
+def transferred_tokens(metrics: str) -> float:
+    """Prompt tokens whose KV a decode node received from a prefill node, from its `/metrics` text."""
+    return _total(metrics, PROMPT_TOKENS_BY_SOURCE, {"source": TRANSFERRED})
+
+
+def kv_cache_usage(metrics: str) -> float:
+    """The share of KV cache blocks in use or held for a hand-off, 0 to 1, from a node's `/metrics` text."""
+    return _total(metrics, KV_CACHE_USAGE, {})
+
+
+def model_cards(models: JSONObject) -> tuple[JSONObject, ...]:
+    """What a node serves, LoRA adapters included, from its `GET /v1/models`. Raises ValueError if it is not that."""
+    cards = models.get("data") if isinstance(models, dict) else None
+    if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
+        raise ValueError("not a list of models")
+    return tuple(cards)
+
+
+def _total(metrics: str, series: str, labels: Mapping[str, str]) -> float:
+    """The sum of a series over every other label (engine, model). 0 when the node has not counted yet."""
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(metrics)
+        for sample in family.samples
+        if sample.name == series and labels.items() <= sample.labels.items()
+    )

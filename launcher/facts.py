@@ -1,0 +1,50 @@
+"""What the plan needs to know of this host. Gathered once; a test makes up its own."""
+
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+import engines.plugins
+from engines.vllm import Device
+
+APPLICATION = "pd-launch"
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """`ephemeral_ports` is the kernel's range for outgoing connections, both ends included."""
+
+    ephemeral_ports: tuple[int, int]
+    has_rdma: bool
+    our_python: str
+    engine_python: str
+    """The environment `pd-launch setup` makes for the device asked for."""
+    tiny_model: Path
+    plugins: Path
+    """Folder of the modules an engine loads."""
+    new_run_dir: Path
+    temporary: Path
+
+
+def gather(device: Device) -> HostFacts:
+    from . import setup  # noqa: PLC0415  setup's own facts rest on this module's names
+
+    return HostFacts(
+        ephemeral_ports=_ephemeral_ports(),
+        has_rdma=any(Path("/sys/class/infiniband").glob("*")),
+        our_python=sys.executable,
+        engine_python=str(setup.EngineEnvironment.of(device).python),
+        tiny_model=setup.tiny_model_path(),
+        plugins=Path(engines.plugins.__path__[0]),
+        new_run_dir=platformdirs.user_state_path(APPLICATION) / "runs" / time.strftime("%Y%m%d-%H%M%S"),
+        temporary=Path(tempfile.gettempdir()),
+    )
+
+
+def _ephemeral_ports() -> tuple[int, int]:
+    first, last = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    return int(first), int(last)

@@ -1,0 +1,147 @@
+"""One child process of a run: started in its own group with its own log, stopped whole, nothing left behind.
+
+A vLLM node is a tree (API server, engine core, workers). Killing only its root leaves the rest with the ports, the
+memory and the GPU. So a run's processes are found by their session, which each node's tree shares, and by a tag in
+their environment, for whatever made a session of its own. (vLLM's children rename themselves, which overwrites their
+environment in /proc; the tag alone would miss them.)
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from . import tether
+from .plan import Process
+
+RUN_TAG = "PD_LAUNCH_ID"
+NODE_TAG = "PD_LAUNCH_NODE"
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  not ours to name
+
+
+class Child:
+    """A started process of the plan."""
+
+    def __init__(self, spec: Process, process: asyncio.subprocess.Process) -> None:
+        self.spec = spec
+        self._process = process
+
+    @classmethod
+    async def start(cls, spec: Process, run_id: str, folder: Path) -> "Child":
+        """Start it in `folder`, which must exist; its output goes to its log from the first byte."""
+        environment = {name: value for name, value in os.environ.items() if name not in spec.unset}
+        environment |= spec.environment | {RUN_TAG: run_id, NODE_TAG: spec.name}
+        tied = (sys.executable, "-I", "-S", tether.__file__, str(os.getpid()), *spec.command)
+        with spec.log.open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                *tied,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=asyncio.subprocess.STDOUT,
+                cwd=folder,
+                env=environment,
+                start_new_session=True,  # a Ctrl-C at the terminal is for the launcher, which stops all in order
+            )
+        return cls(spec, process)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """Negative: the number of the signal that ended it. None while it runs."""
+        return self._process.returncode
+
+    async def ended(self) -> int:
+        return await self._process.wait()
+
+    async def stop(self, timeout_s: float) -> None:
+        """SIGTERM to the root, which knows how to stop the rest; after `timeout_s` SIGKILL to the whole group."""
+        with suppress(ProcessLookupError):
+            self._process.terminate()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._process.wait()
+                await self._group_is_gone()
+        self.kill()
+        await self._process.wait()
+        await self._group_is_gone()
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    async def _group_is_gone(self) -> None:
+        while _is_alive(self.pid):
+            await asyncio.sleep(0.1)
+
+
+def exit_in_words(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    return f"killed by {signal.Signals(-code).name}"
+
+
+def members(run_id: str, sessions: Collection[int]) -> list[psutil.Process]:
+    """Every process of a run, whatever became of its parent."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if os.getsid(process.pid) in sessions or process.environ().get(RUN_TAG) == run_id:
+                found.append(process)
+    return found
+
+
+def kill(processes: Iterable[psutil.Process]) -> list[str]:
+    """End processes at once. Returns what they were, for the user to see."""
+    names = []
+    for process in processes:
+        with suppress(psutil.Error):
+            names.append(f"{process.name()} (pid {process.pid})")
+            process.kill()
+    psutil.wait_procs(processes, timeout=5)
+    return names
+
+
+def shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
+    """Files in /dev/shm that these processes map now: theirs to lose when they are killed."""
+    files: set[Path] = set()
+    for process in processes:
+        with suppress(psutil.Error, OSError):
+            files |= _mapped(process.pid)
+    return files
+
+
+def remove_unmapped(files: Iterable[Path]) -> list[Path]:
+    """Remove those of the files that still exist and that no process maps any more. Returns them."""
+    existing = {file for file in files if file.exists()}
+    if not existing:
+        return []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            existing -= _mapped(process.pid)
+    for file in existing:
+        file.unlink(missing_ok=True)
+    return sorted(existing)
+
+
+def _mapped(pid: int) -> set[Path]:
+    paths = (line.split(maxsplit=5)[-1].strip() for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
+    return {Path(path) for path in paths if path.startswith(f"{_SHARED_MEMORY}/") and not path.endswith("(deleted)")}
+
+
+def _is_alive(group: int) -> bool:
+    """Zombies do not count: where nobody reaps orphans (a container without init) they stay for ever."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False

@@ -1,0 +1,99 @@
+"""Did KV move? A request through both legs, and the decode nodes' own counters before and after.
+
+With a miswired transfer everything seems to work, while decode silently computes every prompt again; and a node's
+`/health` is 200 before its peer can reach its transfer ports. A real request is the only proof.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import httpx
+
+from engines import vllm
+from engines.base import Role
+
+from .errors import KVNotMovedError, LauncherError
+from .plan import Plan
+
+QUESTION = "In one sentence, what happens when a prefill node hands the KV cache of prompt number {} to a decode node?"
+_ANSWER_TOKENS = 32
+_COUNTED_WITHIN_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """`transferred` of `prompt_tokens` came from a prefill node, says the decode node."""
+
+    prompt_tokens: int
+    transferred: int
+
+
+async def prove(plan: Plan, show: Callable[[str], None]) -> Proof:
+    """Ask as many questions as it takes to use every node once; the first answer goes to `show` as it comes.
+
+    Raises KVNotMovedError when an answer came but its prompt's KV did not, LauncherError when no answer came.
+    """
+    rounds = max(len([node for node in plan.nodes if node.role is role]) for role in Role)
+    async with httpx.AsyncClient(trust_env=False, timeout=300) as client:
+        before = await _transferred(client, plan)
+        prompt_tokens = 0
+        for number in range(rounds):
+            prompt_tokens += await _ask(client, plan, QUESTION.format(number + 1), show if number == 0 else _ignore)
+        moved = await _counted(client, plan, before, prompt_tokens)
+    if moved < prompt_tokens:
+        raise KVNotMovedError(
+            f"the pair answers, but only {moved} of {prompt_tokens} prompt tokens came over the KV connector; the rest "
+            "was computed again by the decode node",
+            f"Look for transfer errors in the logs in {plan.run_dir}",
+        )
+    return Proof(prompt_tokens, moved)
+
+
+async def _ask(client: httpx.AsyncClient, plan: Plan, question: str, show: Callable[[str], None]) -> int:
+    """The prompt's tokens, as the answer's usage gives them."""
+    body = {
+        "model": plan.served_model_name,
+        "prompt": question,
+        "max_tokens": _ANSWER_TOKENS,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    async with client.stream("POST", f"{plan.proxy_url}/v1/completions", json=body) as answer:
+        if answer.status_code != httpx.codes.OK:
+            text = (await answer.aread()).decode("utf-8", "replace")
+            raise LauncherError(f"the first request failed with {answer.status_code}: {text}", f"Logs: {plan.run_dir}")
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                raise LauncherError(f"the first request failed: {event['error'].get('message')}")
+            for choice in event["choices"]:
+                show(choice["text"])
+            if event.get("usage"):
+                return int(event["usage"]["prompt_tokens"])
+    raise LauncherError("the first answer ended without its usage", f"Logs: {plan.run_dir}")
+
+
+async def _counted(client: httpx.AsyncClient, plan: Plan, before: float, expected: int) -> int:
+    """Tokens counted since `before`. A node publishes its counters a moment after its answer."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _COUNTED_WITHIN_S
+    while True:
+        moved = int(await _transferred(client, plan) - before)
+        if moved >= expected or loop.time() > deadline:
+            return moved
+        await asyncio.sleep(0.2)
+
+
+async def _transferred(client: httpx.AsyncClient, plan: Plan) -> float:
+    urls = [f"{node.url}/metrics" for node in plan.nodes if node.role is Role.DECODE]
+    answers = await asyncio.gather(*(client.get(url) for url in urls))
+    return sum(vllm.transferred_tokens(answer.text) for answer in answers)
+
+
+def _ignore(_: str) -> None:
+    return

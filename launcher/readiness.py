@@ -1,0 +1,83 @@
+"""When a node can be used: its API answers, and on a prefill node every worker is at the bootstrap server."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import httpx
+
+from engines import mooncake
+
+from .errors import NodeDiedError, NotReadyError
+from .plan import NodeProcess, Plan
+from .process import Child, exit_in_words
+from .progress import tail
+
+_ASK_EVERY_S = 0.5
+_LINES_SHOWN = 15
+
+
+async def node_ready(child: Child, node: NodeProcess, timeout_s: float) -> None:
+    """Returns when the node can be used; raises NodeDiedError or NotReadyError."""
+    async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
+        await _before_it_ends(child, _until_node_answers(client, node), timeout_s)
+
+
+async def proxy_ready(child: Child, plan: Plan, timeout_s: float) -> None:
+    """Returns when the proxy says that it can serve; raises NodeDiedError or NotReadyError."""
+    async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
+        await _before_it_ends(child, _until_ok(client, f"{plan.proxy_url}/health"), timeout_s)
+
+
+def died(child: Child) -> NodeDiedError:
+    """A child that ended by itself: how, its last lines, and where the rest is."""
+    code = child.exit_code if child.exit_code is not None else 0
+    lines = "\n".join(f"    {line}" for line in tail(child.spec.log, _LINES_SHOWN))
+    return NodeDiedError(
+        f"{child.spec.name} ended: {exit_in_words(code)}\n{lines}", f"All of it is in {child.spec.log}"
+    )
+
+
+async def _before_it_ends(child: Child, ready: Coroutine[Any, Any, None], limit_s: float) -> None:
+    """`ready`, raced against the child's own end and the clock."""
+    waiting, ending = asyncio.create_task(ready), asyncio.create_task(child.ended())
+    try:
+        done, _ = await asyncio.wait((waiting, ending), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        if ending in done:
+            raise died(child)
+        if waiting not in done:
+            news = (tail(child.spec.log, 1) or ["-"])[0]
+            raise NotReadyError(
+                f"{child.spec.name} was not ready after {limit_s:g} s; its last line: {news}",
+                f"Its log is {child.spec.log}; a slow start may need a longer --ready-timeout-s",
+            )
+        waiting.result()
+    finally:
+        waiting.cancel()
+        ending.cancel()
+
+
+async def _until_node_answers(client: httpx.AsyncClient, node: NodeProcess) -> None:
+    await _until_ok(client, f"{node.url}/health")
+    while node.bootstrap and not await _has_workers(client, node.bootstrap):
+        await asyncio.sleep(_ASK_EVERY_S)
+
+
+async def _until_ok(client: httpx.AsyncClient, url: str) -> None:
+    while True:
+        try:
+            answer = await client.get(url)
+        except httpx.HTTPError:
+            pass
+        else:
+            if answer.status_code == httpx.codes.OK:
+                return
+        await asyncio.sleep(_ASK_EVERY_S)
+
+
+async def _has_workers(client: httpx.AsyncClient, bootstrap: str) -> bool:
+    try:
+        answer = await client.get(f"{bootstrap}/query")
+        return bool(mooncake.engine_ids(answer.raise_for_status().json()))
+    except (httpx.HTTPError, ValueError):
+        return False

@@ -1,0 +1,198 @@
+"""A run: start the nodes side by side, then the proxy; prove that KV moves; watch; stop in order."""
+
+import asyncio
+import shutil
+import signal
+import uuid
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from engines.base import Role
+
+from . import process, proof, readiness
+from .errors import InterruptedStart, LauncherError
+from .plan import NodeProcess, Plan, Process
+from .process import Child
+from .progress import Progress, last_line
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Supervisor:
+    """Owns every child of a run, from the first to the last."""
+
+    def __init__(self, plan: Plan, progress: Progress, *, ready_timeout_s: float, stop_timeout_s: float) -> None:
+        self._plan = plan
+        self._progress = progress
+        self._ready_timeout_s = ready_timeout_s
+        self._stop_timeout_s = stop_timeout_s
+        self._run_id = uuid.uuid4().hex
+        self._children: dict[str, Child] = {}
+        self._stop_asked = asyncio.Event()
+        self._stopping = False
+
+    async def run(self) -> None:
+        """Everything up, until a signal or the end of a needed child. Raises LauncherError; all is down afterwards."""
+        with self._signals():
+            try:
+                await self._or_interrupted(self._start())
+                await self._watch()
+            finally:
+                self._stopping = True
+                await self._stop_all()
+
+    # -- start
+
+    async def _start(self) -> None:
+        async with self._progress.shown():
+            await self._start_nodes()
+            self._write_topology()
+            await self._start_proxy()
+        await self._prove()
+        self._greet()
+
+    async def _start_nodes(self) -> None:
+        for node in self._plan.nodes:
+            await self._spawn(node)
+        waits = [asyncio.create_task(self._node_ready(node)) for node in self._plan.nodes]
+        try:
+            await asyncio.gather(*waits)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+
+    async def _node_ready(self, node: NodeProcess) -> None:
+        with self._progress.step(f"{node.name} on {node.url}", last_line(node.log)):
+            await readiness.node_ready(self._children[node.name], node, self._ready_timeout_s)
+
+    async def _start_proxy(self) -> None:
+        child = await self._spawn(self._plan.proxy)
+        with self._progress.step(f"proxy on {self._plan.proxy_url}", last_line(self._plan.proxy.log)):
+            await readiness.proxy_ready(child, self._plan, self._ready_timeout_s)
+
+    async def _spawn(self, spec: Process) -> Child:
+        folder = self._plan.temporary / spec.name
+        folder.mkdir(parents=True, exist_ok=True)
+        child = await Child.start(spec, self._run_id, folder)
+        self._children[spec.name] = child
+        return child
+
+    def _write_topology(self) -> None:
+        """Whole or not at all: the proxy may read it at any moment."""
+        file = self._plan.topology_file
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_text(self._plan.topology().model_dump_json(indent=2) + "\n")
+        unfinished.rename(file)
+
+    async def _prove(self) -> None:
+        console = self._progress.console
+        console.print()
+        console.print(f"[bold]asked[/]     {proof.QUESTION.format(1)}", highlight=False, soft_wrap=True)
+        console.print("[bold]answered[/]  ", end="")
+        result = await proof.prove(self._plan, lambda text: console.out(text, end="", highlight=False))
+        console.print()
+        console.print(
+            f"[bold]KV moved[/]  {result.transferred} of {result.prompt_tokens} prompt tokens went from prefill to "
+            "decode (counted by the decode node)",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _greet(self) -> None:
+        plan = self._plan
+        self._progress.say(
+            f"\nReady: {plan.proxy_url}/v1  model {plan.served_model_name}\n"
+            f"Logs:  {plan.run_dir}\n"
+            "Stop with Ctrl-C. Try:\n"
+            f"  curl {plan.proxy_url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+            f'    -d \'{{"model": "{plan.served_model_name}", "max_tokens": 32, "stream": true, '
+            '"messages": [{"role": "user", "content": "Hello"}]}\''
+        )
+
+    # -- watch
+
+    async def _watch(self) -> None:
+        """Until a signal, or until the run cannot serve any more; then raises LauncherError."""
+        ends = {asyncio.create_task(child.ended()): child for child in self._children.values()}
+        asked = asyncio.create_task(self._stop_asked.wait())
+        try:
+            while not asked.done():
+                done, _ = await asyncio.wait({asked, *ends}, return_when=asyncio.FIRST_COMPLETED)
+                for task in done - {asked}:
+                    self._report_end(ends.pop(task), [child.spec for child in ends.values()])
+        finally:
+            for task in (asked, *ends):
+                task.cancel()
+
+    def _report_end(self, child: Child, left: Sequence[Process]) -> None:
+        """The proxy takes a dead node out by itself. Goes on while a node of each role and the proxy are left."""
+        error = readiness.died(child)
+        roles = {spec.role for spec in left if isinstance(spec, NodeProcess)}
+        if child.spec is self._plan.proxy or roles != set(Role):
+            raise LauncherError(str(error), error.hint)
+        self._progress.say(f"{error}\n{error.hint}\nGoing on without it.")
+
+    # -- stop
+
+    async def _stop_all(self) -> None:
+        """Proxy, decode, prefill: nobody is asked for work by something that has already gone."""
+        self._progress.say("Stopping: proxy, decode nodes, prefill nodes. Ctrl-C again kills them at once.")
+        sessions = {child.pid for child in self._children.values()}
+        files = process.shared_memory(process.members(self._run_id, sessions))
+        for group in self._stop_order():
+            await asyncio.gather(*(child.stop(self._stop_timeout_s) for child in group))
+        left = process.kill(process.members(self._run_id, sessions))
+        if left:
+            self._progress.say(f"Killed what was left of the run: {', '.join(left)}")
+        process.remove_unmapped(files)
+        shutil.rmtree(self._plan.temporary, ignore_errors=True)
+        self._progress.say(f"All stopped. Logs: {self._plan.run_dir}")
+
+    def _stop_order(self) -> Iterator[list[Child]]:
+        yield self._named([self._plan.proxy])
+        for role in (Role.DECODE, Role.PREFILL):
+            yield self._named([node for node in self._plan.nodes if node.role is role])
+
+    def _named(self, specs: Sequence[Process]) -> list[Child]:
+        return [self._children[spec.name] for spec in specs if spec.name in self._children]
+
+    # -- signals
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self) -> None:
+        if self._stopping:
+            for child in self._children.values():
+                child.kill()
+        self._stop_asked.set()
+
+    async def _or_interrupted(self, start: Coroutine[Any, Any, None]) -> None:
+        starting, asked = asyncio.create_task(start), asyncio.create_task(self._stop_asked.wait())
+        try:
+            await asyncio.wait((starting, asked), return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                raise InterruptedStart("interrupted before everything was up")
+            starting.result()
+        finally:
+            asked.cancel()
+            starting.cancel()
+            with suppress(asyncio.CancelledError, LauncherError):
+                await starting
+
+
+def clear_run_dir(folder: Path) -> None:
+    """Logs of an earlier run in the same folder would be taken for this one's."""
+    for log in folder.glob("*.log"):
+        log.unlink()

@@ -1,0 +1,207 @@
+"""Routes, and the one place where an error becomes an HTTP answer."""
+
+import asyncio
+import logging
+import re
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from engines import openai
+from engines.base import JSONObject
+
+from . import exchange, topology
+from .config import ProxySettings
+from .errors import BadRequestError, NoNodeError, ProxyError
+from .exchange import DataPlane, Exchange, NodeClients
+from .health import Prober
+from .metrics import Metrics
+from .pool import Pool
+from .server import ClientConnection, ClientGoneError, refuse_unless_json
+
+logger = logging.getLogger("pd_proxy")
+
+GENERATION_ROUTES = ("/v1/completions", "/v1/chat/completions")
+_SAFE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+
+def make_app(settings: ProxySettings) -> FastAPI:
+    """The proxy's ASGI application. The nodes of a topology file are read here: raises TopologyError."""
+    nodes = topology.read(settings.topology_file) if settings.topology_file else settings.topology
+    pool = Pool(nodes)
+    plane = DataPlane(settings, pool, NodeClients(pool, settings.connect_timeout_s), Metrics(pool))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        prober = Prober(settings, pool)
+        tasks = [asyncio.create_task(prober.run(), name="prober")]
+        if settings.topology_file:
+            tasks.append(asyncio.create_task(topology.follow(settings.topology_file, pool), name="topology"))
+        for task in tasks:
+            task.add_done_callback(_report_death)
+        yield
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await prober.close()
+        plane.clients.close()
+
+    app = FastAPI(title="pd-proxy", lifespan=lifespan)
+    app.add_exception_handler(HTTPException, _http_error)
+    for path in GENERATION_ROUTES:
+        app.router.routes.append(Route(path, _Generation(plane), methods=["POST"]))
+    _add_information_routes(app, plane)
+    app.openapi = lambda: _with_generation_routes(app)  # type: ignore[method-assign]
+    return app
+
+
+def _add_information_routes(app: FastAPI, plane: DataPlane) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """200 when at least one prefill and one decode node are usable; says of each node why it is not."""
+        well = plane.pool.can_serve()
+        nodes = [
+            {
+                "name": node.spec.name,
+                "role": node.spec.role,
+                "usable": node.usable,
+                "problem": node.problem,
+                "in_flight": node.in_flight,
+            }
+            for node in plane.pool
+        ]
+        return JSONResponse({"status": "ok" if well else "unavailable", "nodes": nodes}, 200 if well else 503)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        """The models that both a prefill and a decode node serve."""
+        if not plane.pool.can_serve():
+            return _error_response(NoNodeError("no usable pair of nodes", "See /health"))
+        return JSONResponse({"object": "list", "data": plane.pool.models()})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(plane.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+class _Generation:
+    """A generation route as a bare ASGI endpoint: FastAPI's request machinery costs more than the whole exchange."""
+
+    def __init__(self, plane: DataPlane) -> None:
+        self._plane = plane
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        client = ClientConnection(scope, receive, send)
+        request_id = _request_id(client.header(b"x-request-id"))
+        current: Exchange | None = None
+        status = 499  # the client left; nobody hears it, the metrics tell it
+        try:
+            request = await self._read(scope["path"], client, request_id)
+            current = Exchange(self._plane, request, client)
+            await _while_connected(client, current)
+            status = current.status
+        except ClientGoneError:
+            pass
+        except ProxyError as exc:
+            status = exc.status
+            await _tell(client, exc, request_id)
+        except Exception:
+            logger.exception("request %s failed in the proxy itself", request_id)
+            status = 500
+            await _tell(client, ProxyError("the proxy failed; its log tells more", f"Request {request_id}"), request_id)
+        finally:
+            path = current.path if current else "none"
+            self._plane.metrics.requests.labels(scope["path"], path, str(status)).inc()
+
+    async def _read(self, path: str, client: ClientConnection, request_id: str) -> exchange.Request:
+        refuse_unless_json(client)
+        raw = await client.body(self._plane.settings.max_body_bytes)
+        try:
+            body = openai.checked_body(orjson.loads(raw))
+        except orjson.JSONDecodeError as exc:
+            raise BadRequestError(f"the request body is not valid JSON: {exc}") from exc
+        except openai.InvalidBodyError as exc:
+            raise BadRequestError(str(exc), param=exc.param) from exc
+        return exchange.Request(path, body, request_id)
+
+
+async def _while_connected(client: ClientConnection, current: Exchange) -> None:
+    """Run the exchange; stop it, and with it both legs, when the client leaves. Raises ClientGoneError then."""
+    work = asyncio.ensure_future(current.run())
+    gone = asyncio.ensure_future(client.gone())
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientGoneError
+        work.result()
+    finally:
+        gone.cancel()
+        await _stopped(work)
+
+
+async def _stopped(work: "asyncio.Future[None]") -> None:
+    if not work.done():
+        work.cancel()
+        with suppress(asyncio.CancelledError, ProxyError):
+            await work
+
+
+async def _tell(client: ClientConnection, error: ProxyError, request_id: str) -> None:
+    """The error to the client: as an answer, or, when one has begun, as a last event and an end that is none."""
+    body = orjson.dumps(openai.error_body(str(error), error.kind, error.status, error.param))
+    if client.started:
+        await client.write(b"data: " + body + b"\n\n")
+        client.break_off()
+        return
+    headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode("latin-1"))]
+    if isinstance(error, NoNodeError):
+        headers.append((b"retry-after", b"2"))
+    await client.start(error.status, headers)
+    await client.write(body)
+    await client.finish()
+
+
+def _request_id(given: bytes | None) -> str:
+    """The client's own id when it is harmless in a log and a header, else a new one."""
+    if given is not None and _SAFE_REQUEST_ID.fullmatch(given):
+        return given.decode("latin-1")
+    return uuid.uuid4().hex
+
+
+def _error_response(error: ProxyError) -> JSONResponse:
+    return JSONResponse(openai.error_body(str(error), error.kind, error.status, error.param), error.status)
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    """Starlette's own errors (unknown route, wrong method) in OpenAI's shape."""
+    assert isinstance(error, HTTPException)  # noqa: S101  registered for it
+    kind = {404: "NotFoundError", 405: "MethodNotAllowedError"}.get(error.status_code, "InternalServerError")
+    body = openai.error_body(str(error.detail), kind, error.status_code)
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+def _with_generation_routes(app: FastAPI) -> JSONObject:
+    """FastAPI's OpenAPI page, with the routes FastAPI does not see."""
+    if app.openapi_schema is None:
+        schema: JSONObject = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        answer = {"200": {"description": "As the decode node answers it: JSON, or server-sent events"}}
+        content = {"application/json": {"schema": {"type": "object"}}}
+        for path in GENERATION_ROUTES:
+            operation = {"summary": path, "requestBody": {"content": content, "required": True}, "responses": answer}
+            schema["paths"][path] = {"post": operation}
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+def _report_death(task: "asyncio.Task[Any]") -> None:
+    if not task.cancelled() and task.exception() is not None:
+        logger.error("background task %s died", task.get_name(), exc_info=task.exception())

@@ -1,0 +1,323 @@
+"""The HTTP/1.1 client of the hot path: one pool of kept connections a node, httptools for parsing, nothing between.
+
+A request is written whole, an answer is read as it comes. What a caller does not read is not read from the socket
+either (`_HIGH_WATER` bytes apart), so a slow client slows its node and not the proxy's memory.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Final, cast
+from urllib.parse import urlsplit
+
+import httptools
+
+from .errors import NodeBrokeOffError, NodeError, NodeTimeoutError
+
+_HIGH_WATER: Final = 256 * 1024
+_MOST_HEADER_BYTES: Final = 64 * 1024
+_KEEP_IDLE_S: Final = 4.0
+"""vLLM closes an idle connection after 5 s unless told otherwise; a request must not meet that close."""
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class NodeClient:
+    """Requests to one node. Names in errors are the node's name, never its address: clients see them."""
+
+    def __init__(self, name: str, base_url: str, connect_timeout_s: float) -> None:
+        parts = urlsplit(base_url)
+        self._name = name
+        self._host = parts.hostname or ""
+        self._port = parts.port or 80
+        self._host_header = parts.netloc.encode("ascii")
+        self._connect_timeout_s = connect_timeout_s
+        self._idle: list[_Connection] = []
+        self._open: set[_Connection] = set()
+
+    async def request(
+        self, method: bytes, path: bytes, headers: Iterable[tuple[bytes, bytes]], body: bytes
+    ) -> "Answer":
+        """Send a request and wait for the answer's head.
+
+        Raises NodeError when the node cannot be reached, breaks off or does not speak HTTP. A kept connection that
+        the node closes before the first byte of an answer is an idle one it had given up: sent again once, on a new
+        connection (RFC 9112 §9.3.1).
+        """
+        message = self._head(method, path, headers, len(body)), body
+        while True:
+            connection = self._kept()
+            fresh = connection is None
+            if connection is None:
+                connection = await self._connect()
+            try:
+                return await connection.send(message)
+            except _ClosedBeforeAnswerError as exc:
+                if fresh:
+                    raise NodeError(f"node {self._name} closed the connection without an answer") from exc
+
+    def close(self) -> None:
+        """Drop every connection, those in use included."""
+        for connection in tuple(self._open):
+            connection.abort()
+
+    @property
+    def open_connections(self) -> int:
+        return len(self._open)
+
+    def _head(self, method: bytes, path: bytes, headers: Iterable[tuple[bytes, bytes]], length: int) -> bytes:
+        lines = [b"%b %b HTTP/1.1\r\nhost: %b\r\naccept-encoding: identity\r\n" % (method, path, self._host_header)]
+        lines += [b"%b: %b\r\n" % header for header in headers]
+        lines.append(b"content-length: %d\r\n\r\n" % length)
+        return b"".join(lines)
+
+    def _kept(self) -> "_Connection | None":
+        oldest = time.monotonic() - _KEEP_IDLE_S
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.idle_since > oldest:
+                return connection
+            connection.abort()
+        return None
+
+    async def _connect(self) -> "_Connection":
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                _, connection = await loop.create_connection(lambda: _Connection(self), self._host, self._port)
+        except TimeoutError as exc:
+            raise NodeTimeoutError(f"node {self._name} took no connection in {self._connect_timeout_s:g} s") from exc
+        except OSError as exc:
+            raise NodeError(f"node {self._name} cannot be reached: {exc.strerror or type(exc).__name__}") from exc
+        return connection
+
+    def _opened(self, connection: "_Connection") -> None:
+        self._open.add(connection)
+
+    def _free(self, connection: "_Connection") -> None:
+        connection.idle_since = time.monotonic()
+        self._idle.append(connection)
+
+    def _lost(self, connection: "_Connection") -> None:
+        self._open.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+
+class Answer:
+    """A node's answer: its head is here, its body comes as it is read."""
+
+    __slots__ = ("_connection", "headers", "status")
+
+    def __init__(self, connection: "_Connection", status: int, headers: Headers) -> None:
+        self._connection: _Connection | None = connection
+        self.status = status
+        self.headers = headers
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first value of a header; `name` in lower case."""
+        return next((value for key, value in self.headers if key == name), None)
+
+    async def chunk(self) -> bytes:
+        """What has come since the last call, at least one byte; b"" at the end of the body.
+
+        Raises NodeBrokeOffError when the node does not finish its answer.
+        """
+        if self._connection is None:
+            return b""
+        data = await self._connection.read()
+        if not data:
+            self._connection = None  # back in the pool, or closed
+        return data
+
+    async def body(self) -> bytes:
+        """All that is left of it."""
+        chunks = []
+        while data := await self.chunk():
+            chunks.append(data)
+        return b"".join(chunks)
+
+    def close(self) -> None:
+        """Give it up. An answer that is not read to its end costs its connection, which tells the node to stop."""
+        if self._connection is not None:
+            self._connection.abort()
+            self._connection = None
+
+
+class _ClosedBeforeAnswerError(Exception):
+    """The node closed the connection before the first byte of an answer."""
+
+
+class _Connection(asyncio.Protocol):
+    """One connection; one request at a time. httptools calls the `on_…` methods."""
+
+    def __init__(self, client: NodeClient) -> None:
+        self._client = client
+        self._transport: asyncio.Transport | None = None
+        self.idle_since = 0.0
+        self._waiter: asyncio.Future[None] | None = None
+        self._writable: asyncio.Future[None] | None = None
+        self._reading = True
+        self._reset()
+
+    def _reset(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self._headers: Headers = []
+        self._header_bytes = 0
+        self._answering = False
+        self._has_head = False
+        self._has_length = False
+        self._complete = False
+        self._error: Exception | None = None
+        self._chunks: deque[bytes] = deque()
+        self._buffered = 0
+
+    # -- what NodeClient and Answer call
+
+    async def send(self, message: Iterable[bytes]) -> Answer:
+        assert self._transport is not None  # noqa: S101  made by create_connection
+        if self._transport.is_closing():
+            raise _ClosedBeforeAnswerError
+        self._reset()
+        self._busy = True
+        try:
+            self._transport.writelines(message)
+            while not self._has_head and self._error is None:
+                await self._something_new()
+        except BaseException:
+            self.abort()
+            raise
+        if self._error is not None:
+            self.abort()
+            raise self._error
+        return Answer(self, self._parser.get_status_code(), self._headers)
+
+    async def read(self) -> bytes:
+        while not self._chunks:
+            if self._complete:
+                self._finish()
+                return b""
+            if self._error is not None:
+                raise self._error
+            await self._something_new()
+        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self._buffered = 0
+        if not self._reading and self._transport is not None:
+            self._reading = True
+            self._transport.resume_reading()
+        return data
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    # -- what asyncio calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
+        self._busy = False
+        self._client._opened(self)  # noqa: SLF001  the two classes are one unit
+
+    def data_received(self, data: bytes) -> None:
+        if not self._busy or self._complete:
+            self._fail(NodeBrokeOffError(f"node {self._client.name} sent bytes nobody asked for"))
+            self.abort()
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._fail(NodeError(f"node {self._client.name} wants to switch protocols"))
+        except (httptools.HttpParserError, httptools.HttpParserCallbackError) as exc:
+            self._fail(self._not_http(exc))
+        if self._buffered > _HIGH_WATER and self._reading and self._transport is not None:
+            self._reading = False
+            self._transport.pause_reading()
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._client._lost(self)  # noqa: SLF001
+        if self._has_head and not self._has_length and exc is None:
+            self._complete = True  # a body without a length ends with the connection
+        elif not self._complete:
+            self._fail(self._broke_off())
+        self._wake()
+
+    # -- what httptools calls
+
+    def on_message_begin(self) -> None:
+        if self._complete:
+            raise ValueError("a second answer to one request")
+
+    def on_status(self, _reason: bytes) -> None:
+        self._answering = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._header_bytes += len(name) + len(value)
+        if self._header_bytes > _MOST_HEADER_BYTES:
+            raise ValueError("header too long")
+        name = name.lower()
+        if name in (b"content-length", b"transfer-encoding"):
+            self._has_length = True
+        self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status < 200:
+            self._headers, self._header_bytes = [], 0  # 100, 102, 103: the answer is still to come
+            return
+        if status in (204, 304):
+            self._has_length = True
+        self._has_head = True
+
+    def on_body(self, data: bytes) -> None:
+        self._chunks.append(data)
+        self._buffered += len(data)
+
+    def on_message_complete(self) -> None:
+        if self._has_head:
+            self._complete = True
+
+    # -- inside
+
+    async def _something_new(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _finish(self) -> None:
+        """The answer is read to its end: keep the connection if both sides may."""
+        self._busy = False
+        assert self._transport is not None  # noqa: S101  an answer came over it
+        if self._error is None and self._parser.should_keep_alive() and not self._transport.is_closing():
+            self._client._free(self)  # noqa: SLF001
+        else:
+            self._transport.close()
+
+    def _fail(self, error: Exception) -> None:
+        if self._error is None:
+            self._error = error
+
+    def _not_http(self, exc: Exception) -> NodeError:
+        kind = NodeBrokeOffError if self._has_head else NodeError
+        error = kind(f"node {self._client.name} sent something that is not HTTP/1.1")
+        error.__cause__ = exc
+        return error
+
+    def _broke_off(self) -> Exception:
+        if self._has_head:
+            return NodeBrokeOffError(f"node {self._client.name} closed the connection in the middle of its answer")
+        if self._answering:
+            return NodeError(f"node {self._client.name} closed the connection in the middle of its answer's head")
+        return _ClosedBeforeAnswerError()

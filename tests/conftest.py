@@ -1,0 +1,40 @@
+"""Fixtures every test may use."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.processes import Proxy, Sim, proxy_in_front_of, sim_node
+
+
+@pytest.fixture(scope="session")
+def _pair() -> Iterator[tuple[Sim, Sim, Proxy]]:
+    with sim_node("prefill") as prefill, sim_node("decode") as decode, proxy_in_front_of(prefill, decode) as proxy:
+        yield prefill, decode, proxy
+
+
+@pytest.fixture
+def pair(_pair: tuple[Sim, Sim, Proxy]) -> Iterator[tuple[Sim, Sim, Proxy]]:
+    """One simulated prefill node, one simulated decode node, a proxy. Well at the start, and asked to leave nothing."""
+    prefill, decode, proxy = _pair
+    for node in (prefill, decode):
+        node.control()
+    proxy.until_usable(2)
+    yield _pair
+    for node in (prefill, decode):
+        node.control()
+
+
+@pytest.fixture
+def prefill(pair: tuple[Sim, Sim, Proxy]) -> Sim:
+    return pair[0]
+
+
+@pytest.fixture
+def decode(pair: tuple[Sim, Sim, Proxy]) -> Sim:
+    return pair[1]
+
+
+@pytest.fixture
+def proxy(pair: tuple[Sim, Sim, Proxy]) -> Proxy:
+    return pair[2]

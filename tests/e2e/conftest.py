@@ -1,0 +1,29 @@
+"""The real pair: vLLM and Mooncake on the CPU, started once for the session as a user starts it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launched import Up, up
+from tests.processes import ROOT
+
+START_PATIENCE_S = 900
+
+
+@pytest.fixture(scope="session")
+def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """`pd-launch up` with the example's configuration. Its end is part of the test: nothing may be left."""
+    shared_before = set(os.listdir("/dev/shm"))  # noqa: PTH208
+    with up(tmp_path_factory.mktemp("real"), "--config", str(ROOT / "examples" / "cpu-1p1d.yaml")) as run:
+        run.until("Ready:", START_PATIENCE_S)
+        children = run.descendants()
+        yield run
+        assert run.end() == 0
+    alive = [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert alive == []
+    assert set(os.listdir("/dev/shm")) <= shared_before  # noqa: PTH208
+    assert not list(Path("/tmp").glob(f"pdl-{run.run_dir.name}*"))
+    assert "Killed what was left" not in run.output

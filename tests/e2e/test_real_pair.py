@@ -1,0 +1,130 @@
+"""A real vLLM prefill node and a real vLLM decode node with the Mooncake transfer engine, through the proxy."""
+
+import subprocess
+import sys
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.launched import Up
+from tests.processes import ROOT, metric, wait_until
+
+pytestmark = pytest.mark.timeout(1200)  # the first test waits for the engines to start
+
+PROMPT = "Prefill computes the KV cache of a prompt, and decode generates from it. " * 5
+MESSAGES: Any = [{"role": "system", "content": "be brief"}, {"role": "user", "content": PROMPT}]
+
+
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def complete(url: str, *, stream: bool, **fields: Any) -> tuple[str, Any]:
+    """(text, usage), through the OpenAI client."""
+    asked: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 24, "temperature": 0} | fields
+    if not stream:
+        answer = client(url).completions.create(**asked)
+        return answer.choices[0].text, answer.usage
+    chunks = list(client(url).completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    return "".join(chunk.choices[0].text for chunk in chunks if chunk.choices), chunks[-1].usage
+
+
+def chat(url: str, *, stream: bool, **fields: Any) -> tuple[str, Any]:
+    asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 24, "temperature": 0} | fields
+    if not stream:
+        answer = client(url).chat.completions.create(**asked)
+        return answer.choices[0].message.content or "", answer.usage
+    chunks = list(client(url).chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices), chunks[-1].usage
+
+
+def transferred(run: Up) -> float:
+    return sum(
+        metric(url, "vllm:prompt_tokens_by_source_total", source="external_kv_transfer") for url in run.nodes("decode")
+    )
+
+
+def kv_in_use(run: Up) -> float:
+    return sum(metric(url, "vllm:kv_cache_usage_perc") for role in ("prefill", "decode") for url in run.nodes(role))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("ask", [complete, chat])
+def test_the_pairs_answer_is_the_prefill_nodes_own_and_its_kv_was_moved(real_pair: Up, ask: Any, stream: bool) -> None:
+    # Words of its own at the very beginning: what the decode node has in its own prefix cache is not moved again.
+    own = f"{ask.__name__} {stream} "
+    asked = {"prompt": own + PROMPT} if ask is complete else {"messages": [{"role": "user", "content": own}, *MESSAGES]}
+    before = transferred(real_pair)
+    text, usage = ask(real_pair.url, stream=stream, **asked)
+    alone, usage_alone = ask(real_pair.nodes("prefill")[0], stream=stream, **asked)
+    assert text == alone
+    assert len(text) > 10
+    assert (usage.prompt_tokens, usage.completion_tokens) == (usage_alone.prompt_tokens, usage_alone.completion_tokens)
+    wait_until(lambda: transferred(real_pair) >= before + usage.prompt_tokens, "the decode node to count the transfer")
+    assert transferred(real_pair) == before + usage.prompt_tokens
+
+
+def test_up_has_shown_an_answer_and_how_much_kv_moved(real_pair: Up) -> None:
+    assert "answered" in real_pair.output
+    assert "prompt tokens went from prefill to decode" in real_pair.output
+
+
+def test_eos_as_the_first_token_ends_the_answer_and_hangs_nothing(real_pair: Up) -> None:
+    """The prefill leg must mask EOS: vLLM keeps KV only for a request that ends by length."""
+    answer = client(real_pair.url).completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=8, temperature=0, logit_bias={"1": 100}
+    )
+    assert answer.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [({"model": "other"}, 404), ({"temperature": -1}, 400), ({"max_tokens": 10**6}, 400), ({"prompt": 5}, 400)],
+)
+def test_what_the_engine_refuses_reaches_the_client_in_the_engines_words(
+    real_pair: Up, fields: dict[str, Any], status: int
+) -> None:
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4} | fields
+    answers = [httpx.post(f"{url}/v1/completions", json=body) for url in (real_pair.url, real_pair.nodes("decode")[0])]
+    assert answers[0].status_code == answers[1].status_code == status
+    assert answers[0].json() == answers[1].json()
+
+
+def test_several_choices_are_answered_by_one_node_and_leave_no_kv_behind(real_pair: Up) -> None:
+    answer = client(real_pair.url).completions.with_raw_response.create(
+        model="tiny", prompt=["first prompt", "second prompt"], max_tokens=4, temperature=0
+    )
+    assert answer.headers["x-pd-path"] == "aggregated; reason=prompt-list"
+    assert [choice.index for choice in answer.parse().choices] == [0, 1]
+    wait_until(lambda: kv_in_use(real_pair) == 0, "all KV to be free")
+
+
+def test_a_client_that_leaves_in_the_middle_leaves_no_kv_behind(real_pair: Up) -> None:
+    stream = client(real_pair.url).completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=1500, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+    wait_until(lambda: kv_in_use(real_pair) == 0, "all KV to be free")
+
+
+def test_the_curl_example_runs(real_pair: Up) -> None:
+    program = [str(ROOT / "examples" / "curl.sh"), real_pair.url]
+    result = subprocess.run(program, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "data: [DONE]" in result.stdout
+
+
+def test_the_openai_client_example_runs(real_pair: Up) -> None:
+    program = [sys.executable, str(ROOT / "examples" / "openai_client.py"), f"{real_pair.url}/v1"]
+    result = subprocess.run(program, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_real_nodes_are_healthy_and_hold_nothing_in_the_end(real_pair: Up) -> None:
+    health = httpx.get(f"{real_pair.url}/health").json()
+    assert health["status"] == "ok"
+    assert [node["in_flight"] for node in health["nodes"]] == [0, 0]
+    wait_until(lambda: kv_in_use(real_pair) == 0, "all KV to be free")

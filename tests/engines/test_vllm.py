@@ -1,0 +1,75 @@
+"""vLLM's command line, environment and counters."""
+
+import json
+from typing import Any
+
+import pytest
+
+from engines import vllm
+from engines.base import Role
+
+
+def launch(**changes: Any) -> vllm.Launch:
+    settings: dict[str, Any] = {
+        "role": Role.PREFILL,
+        "model": "/models/m",
+        "served_model_name": "m",
+        "host": "127.0.0.1",
+        "port": 8100,
+        "device": "cuda",
+        "protocol": "tcp",
+        "transfer_ports": (20000, 20015),
+        "bootstrap_port": 8900,
+        "transfer_timeout_s": 60,
+    }
+    return vllm.Launch(**(settings | changes))
+
+
+def test_a_gpu_node_gets_its_device_and_no_cpu_settings() -> None:
+    node = launch(devices=("3",))
+    assert vllm.environment(node)["CUDA_VISIBLE_DEVICES"] == "3"
+    assert not any(name.startswith("VLLM_CPU") for name in vllm.environment(node))
+    assert "--tensor-parallel-size" not in vllm.arguments(node)
+    assert "--enforce-eager" not in vllm.arguments(node)
+
+
+def test_several_devices_are_tensor_parallelism() -> None:
+    args = vllm.arguments(launch(devices=("0", "1")))
+    assert args[args.index("--tensor-parallel-size") + 1] == "2"
+
+
+def test_the_users_own_flags_come_last_and_so_win() -> None:
+    args = vllm.arguments(launch(max_model_len=100, extra_args=("--max-model-len", "200")))
+    assert args[-2:] == ["--max-model-len", "200"]
+
+
+def test_the_kv_configuration_is_one_argument_of_valid_json() -> None:
+    args = vllm.arguments(launch(role=Role.DECODE))
+    config = json.loads(args[args.index("--kv-transfer-config") + 1])
+    assert config["kv_role"] == "kv_consumer"
+    assert config["kv_load_failure_policy"] == "recompute"
+
+
+METRICS = """\
+# TYPE vllm:prompt_tokens_by_source counter
+vllm:prompt_tokens_by_source_total{engine="0",model_name="tiny",source="local_compute"} 28.0
+vllm:prompt_tokens_by_source_total{engine="0",model_name="tiny",source="external_kv_transfer"} 18.0
+vllm:prompt_tokens_by_source_total{engine="1",model_name="tiny",source="external_kv_transfer"} 2.0
+# TYPE vllm:kv_cache_usage_perc gauge
+vllm:kv_cache_usage_perc{engine="0",model_name="tiny"} 0.25
+"""
+
+
+def test_transferred_tokens_are_counted_over_all_engines_and_nothing_else() -> None:
+    assert vllm.transferred_tokens(METRICS) == 20
+    assert vllm.kv_cache_usage(METRICS) == 0.25
+
+
+def test_a_node_that_has_not_counted_yet_has_transferred_nothing() -> None:
+    assert vllm.transferred_tokens("") == 0
+
+
+@pytest.mark.parametrize("answer", [None, [], {"data": None}, {"data": [1]}, {"data": [{"name": "m"}]}])
+def test_what_is_no_list_of_models_is_refused(answer: Any) -> None:
+    with pytest.raises(ValueError, match="models"):
+        vllm.model_cards(answer)

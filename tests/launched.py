@@ -1,0 +1,90 @@
+"""`pd-launch up` as a user starts it: a process whose output is read until it says "Ready"."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tests.processes import ROOT, free_port, free_range, wait_until
+
+PD_LAUNCH = (sys.executable, "-P", "-m", "launcher.cli")
+STOP_PATIENCE_S = 120
+
+
+@dataclass
+class Up:
+    """A `pd-launch up`, its output so far, and what it started."""
+
+    process: "subprocess.Popen[str]"
+    run_dir: Path
+    url: str
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+    def nodes(self, role: str) -> list[str]:
+        """URLs of the nodes of a role, from the topology file."""
+        topology = json.loads((self.run_dir / "topology.json").read_text())
+        return [node["url"] for node in topology["nodes"] if node["role"] == role]
+
+    def until(self, text: str, patience_s: float) -> None:
+        wait_until(lambda: text in self.output or self.process.poll() is not None, text, patience_s)
+        assert text in self.output, self.output
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self, number: int = signal.SIGINT) -> int:
+        """Ask it to end; its exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(STOP_PATIENCE_S)
+
+
+def own_ports(nodes: int) -> list[str]:
+    """Flags that keep a run clear of every other on this machine."""
+    return [
+        "--http-ports", free_range(nodes), "--bootstrap-ports", free_range(nodes),
+        "--transfer-ports", free_range(16 * nodes), "--proxy-port", str(free_port()),
+    ]  # fmt: skip
+
+
+@contextmanager
+def up(tmp_path: Path, *flags: str, nodes: int = 2) -> Iterator[Up]:
+    """Start it; whatever the test did, nothing of it is left afterwards."""
+    ports = own_ports(nodes)
+    command = [*PD_LAUNCH, "up", "--run-dir", str(tmp_path / "run"), *ports, *flags]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    run = Up(process, tmp_path / "run", f"http://127.0.0.1:{ports[-1]}")
+    reader = threading.Thread(target=_read, args=(run,), daemon=True)
+    reader.start()
+    try:
+        yield run
+    finally:
+        if process.poll() is None:
+            run.end()
+        reader.join(STOP_PATIENCE_S)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def run_to_end(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([*PD_LAUNCH, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+
+
+def _read(run: Up) -> None:
+    assert run.process.stdout is not None
+    for line in run.process.stdout:
+        run.lines.append(line)

@@ -1,0 +1,166 @@
+"""From configuration and facts to everything that will be started."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engines.base import Role
+from launcher.config import load
+from launcher.errors import ConfigError
+from launcher.facts import HostFacts
+from launcher.plan import Plan, make_plan
+
+FACTS = HostFacts(
+    ephemeral_ports=(32768, 60999),
+    has_rdma=False,
+    our_python="/ours/python",
+    engine_python="/cache/engine/bin/python",
+    tiny_model=Path("/cache/models/tiny"),
+    plugins=Path("/ours/engines/plugins"),
+    new_run_dir=Path("/state/runs/now"),
+    temporary=Path("/tmp"),
+)
+
+
+def plan(facts: HostFacts = FACTS, **flags: Any) -> Plan:
+    return make_plan(load({"model": "tiny", **flags}, None), facts)
+
+
+def kv_config(command: tuple[str, ...]) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(command[command.index("--kv-transfer-config") + 1])
+    return config
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.sampled_from(["vllm", "sim"]))
+def test_no_two_children_share_a_port(prefill: int, decode: int, engine: str) -> None:
+    made = plan(prefill=prefill, decode=decode, engine=engine)
+    ports = [n for child in made.processes for port in child.ports for n in range(port.first, port.last + 1)]
+    assert Counter(ports).most_common(1)[0][1] == 1
+    assert [node.role for node in made.nodes] == [Role.PREFILL] * prefill + [Role.DECODE] * decode
+
+
+def test_the_same_configuration_is_the_same_plan() -> None:
+    assert plan(prefill=2) == plan(prefill=2)
+
+
+def test_a_prefill_node_is_told_its_ports_and_a_decode_node_has_no_bootstrap() -> None:
+    prefill, decode = plan().nodes
+    assert prefill.environment["VLLM_MOONCAKE_BOOTSTRAP_PORT"] == "8900"
+    assert prefill.bootstrap == "http://127.0.0.1:8900"
+    assert (prefill.environment["MC_MIN_RPC_PORT"], prefill.environment["MC_MAX_RPC_PORT"]) == ("20000", "20015")
+    assert (decode.environment["MC_MIN_RPC_PORT"], decode.environment["MC_MAX_RPC_PORT"]) == ("20016", "20031")
+    assert "VLLM_MOONCAKE_BOOTSTRAP_PORT" not in decode.environment
+    assert {port.purpose for port in decode.ports} == {"api", "transfer"}
+
+
+def test_every_port_is_checked_on_the_address_that_will_be_bound() -> None:
+    binds = {port.purpose: port.bind for port in plan(host="10.0.0.1", proxy_host="10.0.0.2").nodes[0].ports}
+    assert binds == {"api": "10.0.0.1", "bootstrap": "0.0.0.0", "transfer": "0.0.0.0"}
+    assert plan(proxy_host="10.0.0.2").proxy.ports[0].bind == "10.0.0.2"
+
+
+def test_safe_defaults_are_in_every_nodes_plan() -> None:
+    for node in plan().nodes:
+        assert node.environment["VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT"] == "60"
+        assert node.environment["VLLM_HOST_IP"] == "127.0.0.1"
+        assert kv_config(node.command)["kv_load_failure_policy"] == "recompute"
+        assert node.command[node.command.index("--host") + 1] == "127.0.0.1"
+        assert "VLLM_PORT" in node.unset
+
+
+def test_on_a_cpu_the_plug_in_is_loaded_and_on_gpus_it_is_not() -> None:
+    cpu = plan().nodes[0]
+    assert kv_config(cpu.command)["kv_connector"] == "CpuMooncakeConnector"
+    assert cpu.environment["PYTHONPATH"] == "/ours/engines/plugins"
+    gpu = plan(model="Qwen/Qwen3-8B", device="cuda", devices="0,1").nodes
+    assert kv_config(gpu[0].command)["kv_connector"] == "MooncakeConnector"
+    assert "PYTHONPATH" not in gpu[0].environment
+    assert [node.environment["CUDA_VISIBLE_DEVICES"] for node in gpu] == ["0", "1"]
+
+
+def test_devices_are_shared_out_evenly_and_slices_grow_with_them() -> None:
+    made = plan(device="cuda", devices="0,1,2,3")
+    assert [node.devices for node in made.nodes] == [("0", "1"), ("2", "3")]
+    assert [str(port) for node in made.nodes for port in node.ports if port.purpose == "transfer"] == [
+        "20000-20031",
+        "20032-20063",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("device", "rdma", "asked", "used"),
+    [("cuda", True, "auto", "rdma"), ("cuda", False, "auto", "tcp"), ("cpu", True, "auto", "tcp"),
+     ("cuda", True, "tcp", "tcp")],
+)  # fmt: skip
+def test_the_transfer_protocol_follows_the_hardware_unless_it_is_named(
+    device: str, rdma: bool, asked: str, used: str
+) -> None:
+    made = plan(replace(FACTS, has_rdma=rdma), device=device, transfer_protocol=asked)
+    assert kv_config(made.nodes[0].command)["kv_connector_extra_config"]["mooncake_protocol"] == used
+
+
+@pytest.mark.parametrize(
+    ("model", "argument", "served"),
+    [("tiny", "/cache/models/tiny", "tiny"), ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B", "Qwen/Qwen3-8B"),
+     ("/models/my-llama", "/models/my-llama", "my-llama")],
+)  # fmt: skip
+def test_a_model_is_a_path_a_name_or_the_tiny_one(model: str, argument: str, served: str) -> None:
+    command = plan(model=model).nodes[0].command
+    assert command[command.index("--model") + 1] == argument
+    assert command[command.index("--served-model-name") + 1] == served
+
+
+def test_further_flags_and_variables_reach_their_nodes() -> None:
+    prefill, decode = plan(
+        args=["--block-size", "32"], decode_args=["--max-num-seqs", "8"], env=["A=b"], max_model_len=512
+    ).nodes
+    assert prefill.command[-2:] == ("--block-size", "32")
+    assert decode.command[-4:] == ("--block-size", "32", "--max-num-seqs", "8")
+    assert prefill.environment["A"] == decode.environment["A"] == "b"
+    assert decode.command[decode.command.index("--max-model-len") + 1] == "512"
+
+
+def test_the_simulator_takes_the_same_command_line() -> None:
+    made = plan(engine="sim")
+    assert made.nodes[0].command[:4] == ("/ours/python", "-P", "-m", "engines.sim")
+    assert "--kv-transfer-config" in made.nodes[0].command
+    assert "transfer" not in {port.purpose for port in made.nodes[0].ports}
+
+
+def test_the_topology_is_what_the_nodes_will_be() -> None:
+    topology = plan(prefill=2).topology()
+    assert [(node.name, node.url, node.bootstrap) for node in topology.nodes] == [
+        ("prefill-0", "http://127.0.0.1:8100", "http://127.0.0.1:8900"),
+        ("prefill-1", "http://127.0.0.1:8101", "http://127.0.0.1:8901"),
+        ("decode-0", "http://127.0.0.1:8102", None),
+    ]
+
+
+def test_a_sockets_path_in_the_temporary_folder_fits_the_kernels_limit() -> None:
+    made = plan(run_dir="/a/very/long/" + "x" * 200)
+    assert len(str(made.temporary / "prefill-11" / ("u" * 36))) <= 107
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"prefill": 2, "http_ports": "8100-8101"}, "--http-ports 8100-8101 has 2 ports, .* need 3"),
+        ({"prefill": 2, "bootstrap_ports": "8900"}, "--bootstrap-ports 8900-8900 has 1 ports, .* need 2"),
+        ({"transfer_ports": "20000-20020"}, "--transfer-ports 20000-20020 has 21 ports, .* need 32"),
+        ({"bootstrap_ports": "8150-8160"}, "--http-ports 8100-8199 and --bootstrap-ports 8150-8160 overlap"),
+        ({"proxy_port": 8105}, "--http-ports 8100-8199 and --proxy-port 8105-8105 overlap"),
+        ({"http_ports": "40000-40100"}, "--http-ports 40000-40100 overlaps 32768-60999"),
+        ({"transfer_ports": "1000-2000"}, "reaches into 0-1023, which Mooncake does not take"),
+        ({"devices": "0"}, "--device is cpu"),
+        ({"device": "cuda", "devices": "0,1,2"}, "3 devices cannot be shared out evenly to 2 nodes"),
+    ],
+)
+def test_what_cannot_be_carried_out_is_said_before_anything_starts(flags: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        plan(**flags)

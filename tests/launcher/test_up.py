@@ -1,0 +1,193 @@
+"""`pd-launch up`, `plan` and `setup` as a user runs them, with simulated engines."""
+
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.launched import own_ports, run_to_end, up
+from tests.processes import PATIENCE_S, free_port, free_range, metric, wait_until
+
+SIM = ("--engine", "sim", "--model", "tiny")
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_it_brings_up_the_nodes_proves_that_kv_moves_and_answers(tmp_path: Path) -> None:
+    with up(tmp_path, *SIM, "--prefill", "2", "--decode", "2", nodes=4) as run:
+        run.until("Ready:", PATIENCE_S)
+        assert "KV moved" in run.output
+        moved = sum(
+            metric(url, "vllm:prompt_tokens_by_source_total", source="external_kv_transfer")
+            for url in run.nodes("decode")
+        )
+        assert f"{moved:.0f} of {moved:.0f} prompt tokens" in run.output
+        assert httpx.get(f"{run.url}/health").status_code == 200
+        answer = httpx.post(f"{run.url}/v1/completions", json={"model": "tiny", "prompt": "hello"})
+        assert answer.headers["x-pd-path"] == "disaggregated"
+        assert sorted(path.name for path in run.run_dir.iterdir()) == [
+            "decode-0.log", "decode-1.log", "prefill-0.log", "prefill-1.log", "proxy.log", "topology.json",
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_takes_all_down_in_order_and_leaves_nothing(tmp_path: Path, number: int) -> None:
+    shared = set(os.listdir("/dev/shm"))  # noqa: PTH208
+    with up(tmp_path, *SIM) as run:
+        run.until("Ready:", PATIENCE_S)
+        children = run.descendants()
+        assert len(children) == 3
+        assert run.end(number) == 0
+        assert alive(children) == []
+    assert "Stopping: proxy, decode nodes, prefill nodes" in run.output
+    assert set(os.listdir("/dev/shm")) <= shared  # noqa: PTH208
+    assert not list(Path("/tmp").glob(f"pdl-{run.run_dir.name}*"))
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{run.url}/health")
+
+
+def test_ctrl_c_while_it_starts_ends_it_with_130_and_leaves_nothing(tmp_path: Path) -> None:
+    with up(tmp_path, *SIM) as run:
+        run.until("prefill-0", PATIENCE_S)
+        children = run.descendants()
+        assert run.end() == 130
+        assert alive(children) == []
+    assert "interrupted before everything was up" in run.output
+
+
+def test_a_second_ctrl_c_kills_at_once(tmp_path: Path) -> None:
+    with up(tmp_path, *SIM, "--stop-timeout-s", "600") as run:
+        run.until("Ready:", PATIENCE_S)
+        children = run.descendants()
+        for child in children:
+            child.suspend()  # none of them will hear a SIGTERM
+        run.process.send_signal(signal.SIGINT)
+        run.until("Stopping", PATIENCE_S)
+        assert run.end() == 0
+        assert alive(children) == []
+
+
+def test_a_node_that_dies_at_start_ends_everything_with_its_last_words(tmp_path: Path) -> None:
+    """The argument parser of the simulator, like vLLM's, refuses a bad number."""
+    with up(tmp_path, *SIM, "--prefill-args=--max-model-len", "--prefill-args=many") as run:
+        code = run.process.wait(PATIENCE_S)
+    assert code == 6
+    assert "prefill-0 ended: exit code 2" in run.output
+    assert "argument --max-model-len: invalid int value: 'many'" in run.output
+    assert str(run.run_dir / "prefill-0.log") in run.output
+    assert "All stopped" in run.output
+
+
+def test_a_node_that_never_gets_ready_is_given_up(tmp_path: Path) -> None:
+    with up(tmp_path, *SIM, "--ready-timeout-s", "0.05") as run:
+        assert run.process.wait(PATIENCE_S) == 5
+    assert "was not ready after 0.05 s" in run.output
+
+
+def test_it_goes_on_without_a_node_that_has_a_twin_and_stops_without_the_last(tmp_path: Path) -> None:
+    with up(tmp_path, *SIM, "--decode", "2", nodes=3) as run:
+        run.until("Ready:", PATIENCE_S)
+        nodes = {node.environ()["PD_LAUNCH_NODE"]: node for node in run.descendants()}
+        nodes["decode-1"].kill()
+        run.until("Going on without it", PATIENCE_S)
+        assert "decode-1 ended: killed by SIGKILL" in run.output
+        wait_until(lambda: "cannot be reached" in httpx.get(f"{run.url}/health").text, "the proxy to notice")
+        assert httpx.post(f"{run.url}/v1/completions", json={"prompt": "hello"}).is_success
+        nodes["decode-0"].kill()
+        assert run.process.wait(PATIENCE_S) == 1
+
+
+def test_a_busy_port_is_named_with_its_holder_and_nothing_is_started(tmp_path: Path) -> None:
+    first, last = free_range(2).split("-")
+    with socket.create_server(("127.0.0.1", int(last))):
+        flags = [*own_ports(2), "--http-ports", f"{first}-{last}"]
+        result = run_to_end(["up", *SIM, "--run-dir", str(tmp_path / "run"), *flags])
+    assert result.returncode == 3
+    assert f"decode-0: api port {last} on 127.0.0.1 is taken by pid {os.getpid()}" in result.stderr
+    assert "--http-ports" in result.stderr
+    assert not list((tmp_path / "run").glob("*.log"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "says"),
+    [
+        (["--model", "tiny", "--prefill", "0"], 2, "--prefill"),
+        (["--model", "tiny", "--http-ports", "8199-8100"], 2, "reversed"),
+        (["--model", "tiny", "--bootstrap-ports", "8100-8110"], 2, "overlap"),
+        (["--model", "tiny", "--http-ports", "8100-8100"], 2, "need 2"),
+        (["--model", "/no/such/model", "--engine-python", sys.executable], 4, "no such folder"),
+        (["--model", "tiny", "--engine-python", "/no/such/python"], 4, "cannot run /no/such/python"),
+        (["--model", "tiny", "--engine-python", sys.executable], 4, "No module named vllm"),
+        (["--config", "/no/such/file.yaml"], 2, "cannot read /no/such/file.yaml"),
+        ([], 2, "--model is missing"),
+        (["--model", "tiny", "--engine", "sim", "--proxy-host", "192.0.2.1"], 1, "cannot use address 192.0.2.1"),
+        (["--model", "tiny", "--engine", "sim", "--run-dir", "/proc/nowhere"], 4, "cannot make /proc/nowhere"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_an_exit_code_and_starts_nothing(
+    flags: list[str], code: int, says: str
+) -> None:
+    result = run_to_end(["up", *flags])
+    assert result.returncode == code, result.stderr
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    result = run_to_end(["up", "--model", str(tmp_path)])
+    assert result.returncode == 4
+    assert "has no config.json" in result.stderr
+
+
+def test_plan_shows_everything_and_starts_nothing() -> None:
+    result = run_to_end(["plan", "--model", "tiny", "--prefill", "2"])
+    assert result.returncode == 0
+    for shown in ("prefill-1", "decode-0", "8900", "20000-20015", "VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT=60",
+                  '"kv_load_failure_policy":"recompute"', "ports that cannot be chosen"):  # fmt: skip
+        assert shown in result.stdout
+
+
+def test_the_plan_as_json_is_what_up_would_start() -> None:
+    result = run_to_end(["plan", *SIM, "--json"])
+    plan = json.loads(result.stdout)
+    assert [node["name"] for node in plan["nodes"]] == ["prefill-0", "decode-0"]
+    assert plan["proxy"]["command"][-1] == "8000"
+
+
+def test_plan_needs_no_free_port() -> None:
+    with socket.create_server(("127.0.0.1", port := free_port())):
+        assert run_to_end(["plan", *SIM, "--proxy-port", str(port)]).returncode == 0
+
+
+def test_setup_names_the_interpreter_it_would_make() -> None:
+    result = run_to_end(["setup", "--print-python"])
+    assert result.returncode == 0
+    assert result.stdout.strip().endswith("/bin/python")
+
+
+def test_setup_for_gpus_shows_what_it_would_run() -> None:
+    result = run_to_end(["setup", "--device", "cuda"])
+    assert result.returncode == 0
+    assert "mooncake-transfer-engine==" in result.stdout
+
+
+def test_setup_refuses_an_environment_without_an_engine() -> None:
+    result = run_to_end(["setup", "--engine-python", sys.executable])
+    assert result.returncode == 4
+    assert "No module named" in result.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["up"], ["plan"], ["setup"]])
+def test_every_command_has_help(command: list[str]) -> None:
+    result = run_to_end([*command, "--help"])
+    assert result.returncode == 0
+    assert "Usage: " in result.stdout

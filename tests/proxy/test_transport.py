@@ -1,0 +1,304 @@
+"""The hot path's HTTP client, against servers that misbehave on purpose."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.errors import NodeBrokeOffError, NodeError, NodeTimeoutError
+from proxy.transport import Answer, NodeClient
+from tests.processes import free_port
+
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+OK = b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello"
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n6\r\n world\r\n0\r\n\r\n"
+
+
+@asynccontextmanager
+async def server(handler: Handler) -> AsyncIterator[NodeClient]:
+    """A client of a server that does what `handler` does with each connection."""
+    listener = await asyncio.start_server(handler, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    client = NodeClient("node-0", f"http://127.0.0.1:{port}", connect_timeout_s=5)
+    try:
+        yield client
+    finally:
+        client.close()
+        listener.close()
+
+
+def answering(*pieces: bytes, close: bool = False) -> Handler:
+    """Answers every request of a connection with these bytes, written piece by piece."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while await read_request(reader):
+                for piece in pieces:
+                    writer.write(piece)
+                    await writer.drain()
+                    await asyncio.sleep(0)
+                if close:
+                    break
+        except ConnectionError:
+            pass
+        writer.close()
+
+    return handle
+
+
+async def read_request(reader: asyncio.StreamReader) -> bytes:
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        return head + await reader.readexactly(length)
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return b""
+
+
+async def ask(client: NodeClient, body: bytes = b"{}") -> Answer:
+    return await asyncio.wait_for(client.request(b"POST", b"/x", [(b"x-a", b"b")], body), 30)
+
+
+async def ask_whole(client: NodeClient) -> tuple[int, bytes]:
+    answer = await ask(client)
+    return answer.status, await asyncio.wait_for(answer.body(), 30)
+
+
+def run(handler: Handler, times: int = 1) -> list[tuple[int, bytes]]:
+    async def main() -> list[tuple[int, bytes]]:
+        async with server(handler) as client:
+            return [await ask_whole(client) for _ in range(times)]
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("answer", [OK, CHUNKED])
+def test_a_body_arrives_whole(answer: bytes) -> None:
+    assert run(answering(answer), times=3) == [(200, b"hello world" if answer is CHUNKED else b"hello")] * 3
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sets(st.integers(1, len(CHUNKED) - 1)))
+def test_it_does_not_matter_how_an_answer_is_split_over_packets(cuts: set[int]) -> None:
+    edges = [0, *sorted(cuts), len(CHUNKED)]
+    pieces = [CHUNKED[start:end] for start, end in pairwise(edges)]
+    assert run(answering(*pieces)) == [(200, b"hello world")]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.binary(min_size=1, max_size=200))
+def test_garbage_is_a_node_error_and_never_a_hang(garbage: bytes) -> None:
+    async def main() -> None:
+        async with server(answering(garbage, close=True)) as client:
+            try:
+                await ask_whole(client)
+            except NodeError:
+                return
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x16\x03\x01\x02\x00",
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"HTTP/1.1 banana\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nhello",
+        b"HTTP/1.1 200 OK\r\n" + b"x: " + b"y" * 70_000 + b"\r\n\r\n",
+    ],
+)
+def test_what_is_not_http_is_said_to_be_that(garbage: bytes) -> None:
+    with pytest.raises(NodeError, match=r"node node-0 sent something that is not HTTP/1\.1"):
+        run(answering(garbage))
+
+
+@pytest.mark.parametrize("status", [b"100 Continue", b"102 Processing", b"103 Early Hints"])
+def test_interim_answers_are_skipped(status: bytes) -> None:
+    assert run(answering(b"HTTP/1.1 " + status + b"\r\n\r\n", OK), times=2) == [(200, b"hello")] * 2
+
+
+def test_a_body_without_a_length_ends_with_the_connection() -> None:
+    assert run(answering(b"HTTP/1.1 200 OK\r\n\r\nhello", close=True), times=2) == [(200, b"hello")] * 2
+
+
+def test_an_answer_without_a_body_is_one() -> None:
+    assert run(answering(b"HTTP/1.1 204 No Content\r\n\r\n"), times=2) == [(204, b"")] * 2
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        b"HTTP/1.1 200 OK\r\ncontent-length: 50\r\n\r\nhello",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n",
+    ],
+)
+def test_an_answer_that_is_cut_off_is_never_taken_for_whole(cut: bytes) -> None:
+    with pytest.raises(NodeBrokeOffError, match="in the middle of its answer"):
+        run(answering(cut, close=True))
+
+
+def test_a_connection_is_kept_for_the_next_request() -> None:
+    connections = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        await answering(OK)(reader, writer)
+
+    assert len(run(handle, times=3)) == 3
+    assert len(connections) == 1
+
+
+def test_a_node_that_says_close_is_not_asked_on_that_connection_again() -> None:
+    closing = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 5\r\n\r\nhello"
+    assert run(answering(closing, close=True), times=3) == [(200, b"hello")] * 3
+
+
+def test_a_request_that_meets_a_kept_connections_end_is_sent_again_once() -> None:
+    """The node answers one request a connection and closes when the next one comes, without a byte."""
+    requests = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        requests.append(await read_request(reader))
+        writer.write(OK)
+        requests.append(await read_request(reader))
+        writer.close()
+
+    assert run(handle, times=3) == [(200, b"hello")] * 3
+    assert len([request for request in requests if request]) == 5
+
+
+def test_a_fresh_connection_closed_without_an_answer_is_an_error() -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.close()
+
+    with pytest.raises(NodeError, match="without an answer"):
+        run(handle)
+
+
+def test_an_answer_that_has_begun_is_not_asked_for_again() -> None:
+    requests = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        requests.append(await read_request(reader))
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-le")
+        await writer.drain()
+        writer.close()
+
+    with pytest.raises(NodeError, match="in the middle of its answer's head"):
+        run(handle)
+    assert len(requests) == 1
+
+
+def test_bytes_nobody_asked_for_do_not_become_the_next_answer() -> None:
+    assert run(answering(OK + b"HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n"), times=2) == [(200, b"hello")] * 2
+
+
+def test_a_closed_port_is_said_to_be_one() -> None:
+    async def main() -> None:
+        client = NodeClient("node-0", f"http://127.0.0.1:{free_port()}", connect_timeout_s=5)
+        await ask(client)
+
+    with pytest.raises(NodeError, match="node node-0 cannot be reached: Connect"):
+        asyncio.run(main())
+
+
+def test_a_port_that_takes_no_connection_is_given_up() -> None:
+    """A listener whose queue is full lets a connect hang."""
+
+    async def main() -> None:
+        import socket  # noqa: PLC0415
+
+        with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+            port = listener.getsockname()[1]
+            fillers = []
+            for _ in range(8):
+                filler = socket.socket()
+                filler.setblocking(False)  # noqa: FBT003
+                filler.connect_ex(("127.0.0.1", port))
+                fillers.append(filler)
+            try:
+                await ask(NodeClient("node-0", f"http://127.0.0.1:{port}", connect_timeout_s=0.2))
+            finally:
+                for filler in fillers:
+                    filler.close()
+
+    with pytest.raises(NodeTimeoutError, match="took no connection"):
+        asyncio.run(main())
+
+
+def test_closing_an_answer_early_closes_its_connection() -> None:
+    closed = asyncio.Event()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(CHUNKED[:-5])
+        await writer.drain()
+        assert await reader.read() == b""
+        closed.set()
+        writer.close()
+
+    async def main() -> None:
+        async with server(handle) as client:
+            answer = await ask(client)
+            assert await answer.chunk() != b""
+            answer.close()
+            await asyncio.wait_for(closed.wait(), 30)
+            assert client.open_connections == 0
+
+    asyncio.run(main())
+
+
+def test_what_is_not_read_is_not_taken_from_the_node() -> None:
+    """Without back-pressure the whole of it would be in memory."""
+    sent = 0
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % 2**30)
+        try:
+            while sent < 2**30:
+                writer.write(b"x" * 2**16)
+                sent += 2**16
+                await writer.drain()
+        except ConnectionError:
+            pass
+
+    async def main() -> None:
+        async with server(handle) as client:
+            answer = await ask(client)
+            before = -1
+            while before != sent:  # until the sender is stopped
+                before = sent
+                await asyncio.sleep(0.2)
+            assert sent < 32 * 2**20
+            assert len(await answer.chunk()) > 0
+            answer.close()
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_request_leaves_no_connection() -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        await reader.read()
+        writer.close()
+
+    async def main() -> None:
+        async with server(handle) as client:
+            request = asyncio.create_task(ask(client))
+            while client.open_connections == 0:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.05)
+            request.cancel()
+            await asyncio.gather(request, return_exceptions=True)
+            await asyncio.sleep(0.05)
+            assert client.open_connections == 0
+
+    asyncio.run(main())

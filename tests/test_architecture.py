@@ -1,0 +1,58 @@
+"""The arrows between the packages, and the purity of `engines/` (DESIGN: layout)."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.processes import ROOT
+
+PACKAGES = ("engines", "launcher", "proxy")
+MAY_IMPORT = {"engines": set(), "launcher": {"engines"}, "proxy": {"engines"}}
+DOES_IO = {
+    "asyncio", "socket", "selectors", "subprocess", "threading", "multiprocessing", "os", "time", "signal", "http",
+    "urllib.request", "httpx", "httptools", "uvicorn", "fastapi", "starlette", "psutil", "shutil", "tempfile",
+}  # fmt: skip
+EXEMPT = ("engines/sim/", "engines/plugins/")
+IN_ENGINE_ONLY = {"torch", "vllm", "mooncake", "transformers", "tokenizers"}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Absolute names of the modules a file imports, at any depth of it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_in_one_direction_only(package: str) -> None:
+    forbidden = set(PACKAGES) - {package} - MAY_IMPORT[package]
+    wrong = {(f.name, name) for f in modules(package) for name in imports(f) if name.split(".")[0] in forbidden}
+    assert wrong == set()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_lives_in_the_engines_environment_is_imported_only_there(package: str) -> None:
+    files = [file for file in modules(package) if "plugins" not in file.parts]
+    assert {(f.name, name) for f in files for name in imports(f) if name.split(".")[0] in IN_ENGINE_ONLY} == set()
+
+
+def test_engines_does_no_io() -> None:
+    files = [file for file in modules("engines") if not str(file.relative_to(ROOT)).startswith(EXEMPT)]
+    assert {(f.name, name) for f in files for name in imports(f) if name in DOES_IO} == set()
+    assert {f.name for f in files if "open(" in f.read_text()} == set()
+
+
+def test_the_top_level_holds_only_what_the_layout_needs() -> None:
+    allowed = {
+        "pyproject.toml", "README.md", "proxy", "launcher", "engines", "tests", "examples", "LICENSE", "CHANGELOG.md",
+        "Makefile",
+    }  # fmt: skip
+    assert {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} <= allowed
