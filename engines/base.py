@@ -1,8 +1,9 @@
 """The words every other module uses."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 JSONObject: TypeAlias = dict[str, Any]
 """A parsed JSON object. Its values are the client's: passed on unchanged, never re-modelled."""
@@ -13,6 +14,44 @@ class Role(StrEnum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One hand-off target of a prefill node: one data-parallel rank of its present life."""
+
+    number: int
+    engine_id: str
+
+
+class PrefillRefusedError(ValueError):
+    """The prefill node answered 200 but holds no KV for a decode leg; the message says why."""
+
+
+class HandOff(Protocol):
+    """What both legs of *one* attempt of *one* sequence are told so that the KV finds its way. Single use."""
+
+    @property
+    def pins_kv(self) -> bool:
+        """The prefill node keeps the KV until it is fetched, so one that is not used must be released."""
+
+    def prefill_params(self) -> JSONObject | None:
+        """`kv_transfer_params` of the prefill leg."""
+
+    def decode_params(self, answer: JSONObject) -> JSONObject | None:
+        """`kv_transfer_params` of the decode leg, given the prefill node's answer. Raises PrefillRefusedError."""
+
+
+class Connector(Protocol):
+    """A KV connector, seen from the proxy."""
+
+    has_bootstrap: bool
+    """Prefill nodes have a bootstrap server, where the identity of their present life is found."""
+
+    is_best_effort: bool
+    """A decode node may find only part of a prompt's KV, or none, without anything being wrong."""
+
+    def hand_off(self, bootstrap: str | None, rank: Rank | None) -> HandOff: ...
 
 
 def foreign_owners(distributions: Mapping[str, list[str]]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import JSONObject, Role
+from .base import JSONObject, Rank, Role
 
 DEFAULT_BOOTSTRAP_PORT = 8998
 PORTS_PER_TRANSFER_ENGINE = 2
@@ -30,12 +30,14 @@ class HandOff:
     engine_id: str
     bootstrap: str
     transfer_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    pins_kv: bool = True
 
     def prefill_params(self) -> JSONObject:
         return {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": self.transfer_id}
 
-    def decode_params(self) -> JSONObject:
+    def decode_params(self, answer: JSONObject) -> JSONObject:
         """All three remote keys, always: one missing parks the request on the decode node for ever."""
+        del answer  # its kv_transfer_params are always null
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
@@ -43,6 +45,18 @@ class HandOff:
             "remote_engine_id": self.engine_id,
             "remote_bootstrap_addr": self.bootstrap,
         }
+
+
+class MooncakeConnector:
+    """The connector, seen from the proxy."""
+
+    has_bootstrap = True
+    is_best_effort = False
+
+    def hand_off(self, bootstrap: str | None, rank: Rank | None) -> HandOff:
+        if bootstrap is None or rank is None:
+            raise ValueError("a MooncakeConnector hand-off needs a bootstrap server and a rank")
+        return HandOff(rank.engine_id, bootstrap)
 
 
 def engine_ids(query: object) -> dict[int, str]:

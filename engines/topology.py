@@ -8,12 +8,13 @@ Written whole by whatever starts nodes (pd-launch on this host, or any other sch
                {"name": "decode-0", "role": "decode", "url": "http://10.0.0.2:8200"}]}
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from .base import Role
+from .connectors import CONNECTORS, ConnectorName
 
 
 def _base_url(url: str) -> str:
@@ -44,19 +45,13 @@ class Node(BaseModel):
     bootstrap: BaseURL | None = None
     """Where a prefill node's Mooncake bootstrap server answers, as seen from the *decode nodes*."""
 
-    @model_validator(mode="after")
-    def _prefill_has_a_bootstrap(self) -> Self:
-        if self.role is Role.PREFILL and self.bootstrap is None:
-            raise ValueError(f"prefill node {self.name!r} needs 'bootstrap', the address of its bootstrap server")
-        return self
-
 
 class Topology(BaseModel):
     """Every node the proxy may use."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    connector: Literal["MooncakeConnector"] = "MooncakeConnector"
+    connector: ConnectorName = "MooncakeConnector"
     nodes: tuple[Node, ...] = ()
 
     @model_validator(mode="after")
@@ -66,6 +61,14 @@ class Topology(BaseModel):
             twice = sorted({value for value in values if values.count(value) > 1})
             if twice:
                 raise ValueError(f"more than one node has the {what} {', '.join(twice)}")
+        return self
+
+    @model_validator(mode="after")
+    def _every_identity_can_be_found(self) -> Self:
+        if CONNECTORS[self.connector].has_bootstrap:
+            without = [node.name for node in self.of(Role.PREFILL) if node.bootstrap is None]
+            if without:
+                raise ValueError(f"prefill node {without[0]!r} needs 'bootstrap', the address of its bootstrap server")
         return self
 
     def of(self, role: Role) -> tuple[Node, ...]:

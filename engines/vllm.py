@@ -1,13 +1,10 @@
 """vLLM as a node: how it is started, and what its answers mean. Checked against vLLM 0.32."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from prometheus_client.parser import text_string_to_metric_families
-
-from . import mooncake
+from . import mooncake, mooncake_store
 from .base import JSONObject, Role
 
 Device = Literal["cpu", "cuda"]
@@ -17,7 +14,14 @@ OWNED_FLAGS = frozenset({"--host", "--port", "--model", "--served-model-name", "
 
 KV_CACHE_USAGE = "vllm:kv_cache_usage_perc"
 PROMPT_TOKENS_BY_SOURCE = "vllm:prompt_tokens_by_source_total"
-TRANSFERRED = "external_kv_transfer"
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """What a node is told about the shared KV store."""
+
+    config_file: str
+    client_ports: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,8 @@ class Launch:
     transfer_ports: tuple[int, int]
     bootstrap_port: int | None
     transfer_timeout_s: int
+    store: Store | None = None
+    """Where the shared store is, with MooncakeStoreConnector; None is MooncakeConnector."""
     max_model_len: int | None = None
     devices: tuple[str, ...] = ()
     extra_args: tuple[str, ...] = ()
@@ -44,7 +50,7 @@ def arguments(launch: Launch) -> list[str]:
 
     That module and not `vllm serve`: the CPU build's script dies looking for a distribution named `vllm`.
     """
-    config = mooncake.kv_transfer_config(launch.role, launch.protocol, on_cpu=launch.device == "cpu")
+    config = _kv_transfer_config(launch)
     args = ["--model", launch.model, "--served-model-name", launch.served_model_name]
     args += ["--host", launch.host, "--port", str(launch.port)]
     args += ["--kv-transfer-config", json.dumps(config, separators=(",", ":"))]
@@ -56,6 +62,13 @@ def arguments(launch: Launch) -> list[str]:
     if len(launch.devices) > 1:
         args += ["--tensor-parallel-size", str(len(launch.devices))]
     return args + list(launch.extra_args)
+
+
+def _kv_transfer_config(launch: Launch) -> JSONObject:
+    on_cpu = launch.device == "cpu"
+    if launch.store is not None:
+        return mooncake_store.kv_transfer_config(launch.role, on_cpu=on_cpu)
+    return mooncake.kv_transfer_config(launch.role, launch.protocol, on_cpu=on_cpu)
 
 
 def environment(launch: Launch) -> dict[str, str]:
@@ -74,6 +87,8 @@ def environment(launch: Launch) -> dict[str, str]:
         "no_proxy": f"{launch.host},127.0.0.1,localhost",
         "PYTHONUNBUFFERED": "1",
     }
+    if launch.store is not None:
+        variables |= mooncake_store.environment(launch.store.config_file, launch.store.client_ports)
     if launch.device == "cpu":
         variables |= {
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -92,12 +107,17 @@ start-up error, and the others mislead."""
 
 def transferred_tokens(metrics: str) -> float:
     """Prompt tokens whose KV a decode node received from a prefill node, from its `/metrics` text."""
-    return _total(metrics, PROMPT_TOKENS_BY_SOURCE, {"source": TRANSFERRED})
+    return _total(metrics, PROMPT_TOKENS_BY_SOURCE, 'source="external_kv_transfer"')
+
+
+def computed_tokens(metrics: str) -> float:
+    """Prompt tokens a node computed itself, from its `/metrics` text."""
+    return _total(metrics, PROMPT_TOKENS_BY_SOURCE, 'source="local_compute"')
 
 
 def kv_cache_usage(metrics: str) -> float:
     """The share of KV cache blocks in use or held for a hand-off, 0 to 1, from a node's `/metrics` text."""
-    return _total(metrics, KV_CACHE_USAGE, {})
+    return _total(metrics, KV_CACHE_USAGE)
 
 
 def model_cards(models: JSONObject) -> tuple[JSONObject, ...]:
@@ -108,11 +128,10 @@ def model_cards(models: JSONObject) -> tuple[JSONObject, ...]:
     return tuple(cards)
 
 
-def _total(metrics: str, series: str, labels: Mapping[str, str]) -> float:
-    """The sum of a series over every other label (engine, model). 0 when the node has not counted yet."""
-    return sum(
-        sample.value
-        for family in text_string_to_metric_families(metrics)
-        for sample in family.samples
-        if sample.name == series and labels.items() <= sample.labels.items()
-    )
+def _total(metrics: str, series: str, label: str = "") -> float:
+    """The sum of a series over every other label (engine, model). 0 when the node has not counted yet.
+
+    Only its own lines are read: the whole text has thousands, and is looked at every few seconds.
+    """
+    lines = (line for line in metrics.splitlines() if line.startswith(series) and label in line)
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)

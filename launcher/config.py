@@ -90,11 +90,20 @@ class LaunchConfig(BaseModel):
     prefill_args: tuple[str, ...] = Field((), description="... for prefill nodes.")
     decode_args: tuple[str, ...] = Field((), description="... for decode nodes.")
     env: Environment = Field({}, description="NAME=VALUE in every node's environment; repeat for more.")
+    connector: Literal["MooncakeConnector", "MooncakeStoreConnector"] = Field(
+        "MooncakeConnector", description="How KV gets from node to node: pulled directly, or through a shared store."
+    )
     host: str = Field("127.0.0.1", description="Address the nodes bind and tell each other.")
     http_ports: Ports = Field(PortRange(first=8100, last=8199), description="One for each node's API.")
     bootstrap_ports: Ports = Field(PortRange(first=8900, last=8999), description="One for each prefill node.")
     transfer_ports: Ports = Field(
         PortRange(first=20000, last=27999), description="For the transfer engines; a slice for each node."
+    )
+    store_ports: Ports = Field(
+        PortRange(first=8700, last=8709), description="For mooncake_master: RPC and metrics (store connector only)."
+    )
+    store_client_ports: Ports = Field(
+        PortRange(first=19000, last=19999), description="For the nodes' store clients; a slice for each node."
     )
     transfer_ports_per_node: int = Field(16, ge=4, description="Size of that slice, for each device of the node.")
     transfer_protocol: Literal["auto", "tcp", "rdma"] = Field(
@@ -103,6 +112,9 @@ class LaunchConfig(BaseModel):
     transfer_timeout_s: int = Field(60, ge=1, description="How long a prefill node holds KV that nobody fetches.")
     proxy_host: str = Field("127.0.0.1", description="Address the proxy listens on.")
     proxy_port: int = Field(8000, ge=1, le=65535, description="Port the proxy listens on.")
+    proxy_args: tuple[str, ...] = Field(
+        (), description="Further flag for the proxy (`pd-proxy --help`); repeat for more."
+    )
     ready_timeout_s: float = Field(900, gt=0, description="How long the nodes may take to start.")
     stop_timeout_s: float = Field(20, ge=0, description="How long a node may take to stop before it is killed.")
     run_dir: Path | None = Field(None, description="Where logs go. [default: a new folder in the user's state folder]")

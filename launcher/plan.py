@@ -8,8 +8,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from engines import mooncake, topology, vllm
+from engines import mooncake, mooncake_store, topology, vllm
 from engines.base import Role
+from engines.connectors import CONNECTORS, ConnectorName
 
 from .config import TINY_MODEL, LaunchConfig, PortRange, flag_of
 from .errors import ConfigError
@@ -25,6 +26,11 @@ _MOONCAKE_REFUSES = ((0, 1023), (32768, 60999))
 """A transfer range with an end in here is ignored by Mooncake, silently (config.cpp, ValidatePortRange)."""
 
 
+_STORE_FILE = "mooncake.json"
+_STORE_CLIENT_PORTS = 32
+"""A node's: it draws at random, 20 times for each device."""
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True)
 
@@ -32,7 +38,7 @@ class _Model(BaseModel):
 class Port(_Model):
     """A port, or a slice of them, that a child will listen on."""
 
-    purpose: Literal["api", "bootstrap", "transfer", "proxy"]
+    purpose: Literal["api", "bootstrap", "transfer", "store", "store client", "proxy"]
     first: int
     last: int
     bind: str
@@ -67,14 +73,19 @@ class Plan(_Model):
     """Everything that will be started: the nodes side by side, then the proxy."""
 
     engine: Literal["vllm", "sim"]
+    connector: ConnectorName
     model: str
     served_model_name: str
     run_dir: Path
     temporary: Path
     """Folder of sockets and the like, removed at the end. Its name is short: a Unix socket's path is <= 107 bytes."""
+    services: tuple[Process, ...]
+    """What the nodes need before they start, and after they stop."""
     nodes: tuple[NodeProcess, ...]
     proxy: Process
     proxy_url: str
+    files: dict[str, str]
+    """Configuration files written into the run directory, by name."""
     unpinned_ports: tuple[str, ...] = UNPINNED_PORTS
 
     @property
@@ -83,13 +94,13 @@ class Plan(_Model):
 
     @property
     def processes(self) -> tuple[Process, ...]:
-        return (*self.nodes, self.proxy)
+        return (*self.services, *self.nodes, self.proxy)
 
     def topology(self) -> topology.Topology:
         nodes = (
             topology.Node(name=node.name, role=node.role, url=node.url, bootstrap=node.bootstrap) for node in self.nodes
         )
-        return topology.Topology(nodes=tuple(nodes))
+        return topology.Topology(connector=self.connector, nodes=tuple(nodes))
 
     def as_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2)
@@ -104,6 +115,9 @@ def make_plan(config: LaunchConfig, facts: HostFacts) -> Plan:
     nodes = tuple(_node(config, facts, seat, run_dir, temporary) for seat in seats)
     return Plan(
         engine=config.engine,
+        connector=config.connector,
+        services=tuple(_services(config, facts, run_dir)),
+        files=_files(config, facts),
         model=_model_argument(config, facts),
         served_model_name=_served_name(config),
         run_dir=run_dir,
@@ -123,6 +137,7 @@ class _Seat:
     http_port: int
     bootstrap_port: int | None
     transfer_ports: tuple[int, int]
+    store_client_ports: tuple[int, int]
     devices: tuple[str, ...]
 
 
@@ -134,14 +149,19 @@ def _seats(config: LaunchConfig) -> Iterator[_Seat]:
     _fits(config, "http_ports", config.http_ports, len(roles))
     _fits(config, "bootstrap_ports", config.bootstrap_ports, config.prefill)
     _fits(config, "transfer_ports", config.transfer_ports, len(roles) * slice_size)
+    if _has_store(config):
+        _fits(config, "store_client_ports", config.store_client_ports, len(roles) * _STORE_CLIENT_PORTS)
+    has_bootstrap = CONNECTORS[config.connector].has_bootstrap
     for place, (role, number) in enumerate(roles):
         first = config.transfer_ports.first + place * slice_size
+        client = config.store_client_ports.first + place * _STORE_CLIENT_PORTS
         yield _Seat(
             name=f"{role}-{number}",
             role=role,
             http_port=config.http_ports.first + place,
-            bootstrap_port=config.bootstrap_ports.first + number if role is Role.PREFILL else None,
+            bootstrap_port=config.bootstrap_ports.first + number if role is Role.PREFILL and has_bootstrap else None,
             transfer_ports=(first, first + slice_size - 1),
+            store_client_ports=(client, client + _STORE_CLIENT_PORTS - 1),
             devices=config.devices[place * devices : (place + 1) * devices],
         )
 
@@ -159,6 +179,7 @@ def _node(config: LaunchConfig, facts: HostFacts, seat: _Seat, run_dir: Path, te
         transfer_ports=seat.transfer_ports,
         bootstrap_port=seat.bootstrap_port,
         transfer_timeout_s=config.transfer_timeout_s,
+        store=vllm.Store(str(run_dir / _STORE_FILE), seat.store_client_ports) if _has_store(config) else None,
         max_model_len=config.max_model_len,
         devices=seat.devices,
         extra_args=(*config.args, *role_args),
@@ -190,13 +211,49 @@ def _ports(config: LaunchConfig, seat: _Seat) -> Iterator[Port]:
     if config.engine == "vllm":
         first, last = seat.transfer_ports
         yield Port(purpose="transfer", first=first, last=last, bind="0.0.0.0")  # noqa: S104  so does the transfer engine
+    if _has_store(config):
+        first, last = seat.store_client_ports
+        yield Port(purpose="store client", first=first, last=last, bind="0.0.0.0")  # noqa: S104
+
+
+def _services(config: LaunchConfig, facts: HostFacts, run_dir: Path) -> Iterator[Process]:
+    if not _has_store(config):
+        return
+    _fits(config, "store_ports", config.store_ports, 2)
+    rpc, metrics = config.store_ports.first, config.store_ports.first + 1
+    master = Path(_engine_python(config, facts)).with_name(mooncake_store.MASTER)
+    yield Process(
+        name="store",
+        command=(str(master), *mooncake_store.master_arguments(config.host, rpc, metrics)),
+        environment={},
+        ports=tuple(
+            Port(purpose="store", first=port, last=port, bind=bind)
+            for port, bind in ((rpc, config.host), (metrics, "0.0.0.0"))  # noqa: S104  its metrics, on every address
+        ),
+        log=run_dir / "store.log",
+    )
+
+
+def _files(config: LaunchConfig, facts: HostFacts) -> dict[str, str]:
+    if not _has_store(config):
+        return {}
+    protocol = _protocol(config, facts)
+    return {_STORE_FILE: mooncake_store.store_config(config.host, config.store_ports.first, protocol)}
+
+
+def _has_store(config: LaunchConfig) -> bool:
+    """The simulator needs none: it computes what a store does not give it."""
+    return config.connector == "MooncakeStoreConnector" and config.engine == "vllm"
 
 
 def _engine_command(config: LaunchConfig, facts: HostFacts) -> tuple[str, ...]:
     if config.engine == "sim":
         return facts.our_python, "-P", "-m", "engines.sim"
-    python = str(config.engine_python.expanduser().absolute()) if config.engine_python else facts.engine_python
-    return python, "-m", "vllm.entrypoints.openai.api_server"
+    return _engine_python(config, facts), "-m", "vllm.entrypoints.openai.api_server"
+
+
+def _engine_python(config: LaunchConfig, facts: HostFacts) -> str:
+    return str(config.engine_python.expanduser().absolute()) if config.engine_python else facts.engine_python
 
 
 def _proxy(config: LaunchConfig, facts: HostFacts, run_dir: Path) -> Process:
@@ -204,7 +261,7 @@ def _proxy(config: LaunchConfig, facts: HostFacts, run_dir: Path) -> Process:
     port = Port(purpose="proxy", first=config.proxy_port, last=config.proxy_port, bind=config.proxy_host)
     return Process(
         name="proxy",
-        command=(*command, "--host", config.proxy_host, "--port", str(config.proxy_port)),
+        command=(*command, "--host", config.proxy_host, "--port", str(config.proxy_port), *config.proxy_args),
         environment={"PYTHONUNBUFFERED": "1"},
         ports=(port,),
         log=run_dir / "proxy.log",
@@ -213,7 +270,8 @@ def _proxy(config: LaunchConfig, facts: HostFacts, run_dir: Path) -> Process:
 
 def _check_ranges(config: LaunchConfig, facts: HostFacts) -> None:
     proxy = PortRange(first=config.proxy_port, last=config.proxy_port)
-    ranges = {name: getattr(config, name) for name in ("http_ports", "bootstrap_ports", "transfer_ports")}
+    purposes = ("http_ports", "bootstrap_ports", "transfer_ports", "store_ports", "store_client_ports")
+    ranges = {name: getattr(config, name) for name in purposes}
     ranges["proxy_port"] = proxy
     names = list(ranges)
     for position, one in enumerate(names):

@@ -14,10 +14,15 @@ from .ports import Busy, busy_ports
 _SPARE_TRANSFER_PORTS = 2
 """The transfer engine draws ports at random; a few more than it needs keep it from drawing in vain."""
 
+_DRAWN_FROM = ("transfer", "store client")
+"""Slices from which a node draws a port that is free; every other port is the only one of its kind."""
+
 _FLAG_OF_PURPOSE = {
     "api": "http_ports",
     "bootstrap": "bootstrap_ports",
     "transfer": "transfer_ports",
+    "store": "store_ports",
+    "store client": "store_client_ports",
     "proxy": "proxy_port",
 }
 
@@ -27,6 +32,7 @@ def check(config: LaunchConfig, plan: Plan) -> None:
     _check_model(config)
     if config.engine == "vllm":
         setup.quick_versions(Path(plan.nodes[0].command[0]))
+        _check_services(plan)
     _check_run_dir(plan.run_dir)
     _check_ports(plan)
 
@@ -39,6 +45,15 @@ def _check_model(config: LaunchConfig) -> None:
         raise PreflightError(f"--model {config.model}: no such folder", "Give a folder with a config.json, or a name")
     if path.is_dir() and not (path / "config.json").exists():
         raise PreflightError(f"--model {config.model} has no config.json in it", "Is it the model's own folder?")
+
+
+def _check_services(plan: Plan) -> None:
+    for service in plan.services:
+        if not Path(service.command[0]).exists():
+            raise PreflightError(
+                f"{service.command[0]}: no such program, and the {plan.connector} needs it",
+                "It comes with the mooncake-transfer-engine package",
+            )
 
 
 def _check_run_dir(folder: Path) -> None:
@@ -66,14 +81,14 @@ def _check_ports(plan: Plan) -> None:
 
 def _hurts(port: Port, busy: list[Busy], devices: int) -> bool:
     """A transfer engine tries further ports of its slice; every other child has just the one."""
-    if port.purpose != "transfer":
+    if port.purpose not in _DRAWN_FROM:
         return True
     free = port.last - port.first + 1 - len(busy)
     return free < PORTS_PER_TRANSFER_ENGINE * max(1, devices) + _SPARE_TRANSFER_PORTS
 
 
 def _in_words(port: Port, busy: list[Busy]) -> str:
-    if port.purpose != "transfer":
+    if port.purpose not in _DRAWN_FROM:
         return f"{port.purpose} port {port.first} on {port.bind} is taken by {busy[0].holder}"
     size = port.last - port.first + 1
-    return f"{len(busy)} of the {size} transfer ports {port} are taken, {busy[0].port} by {busy[0].holder}"
+    return f"{len(busy)} of the {size} {port.purpose} ports {port} are taken, {busy[0].port} by {busy[0].holder}"

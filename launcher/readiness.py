@@ -23,6 +23,12 @@ async def node_ready(child: Child, node: NodeProcess, timeout_s: float) -> None:
         await _before_it_ends(child, _until_node_answers(client, node), timeout_s)
 
 
+async def service_ready(child: Child, timeout_s: float) -> None:
+    """Returns when it listens on its first port; raises NodeDiedError or NotReadyError."""
+    port = child.spec.ports[0]
+    await _before_it_ends(child, _until_it_listens(port.bind, port.first), timeout_s)
+
+
 async def proxy_ready(child: Child, plan: Plan, timeout_s: float) -> None:
     """Returns when the proxy says that it can serve; raises NodeDiedError or NotReadyError."""
     async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
@@ -55,6 +61,17 @@ async def _before_it_ends(child: Child, ready: Coroutine[Any, Any, None], limit_
     finally:
         waiting.cancel()
         ending.cancel()
+
+
+async def _until_it_listens(address: str, port: int) -> None:
+    while True:
+        try:
+            _, writer = await asyncio.open_connection(address, port)
+        except OSError:
+            await asyncio.sleep(_ASK_EVERY_S)
+        else:
+            writer.close()
+            return
 
 
 async def _until_node_answers(client: httpx.AsyncClient, node: NodeProcess) -> None:

@@ -47,11 +47,23 @@ class Supervisor:
 
     async def _start(self) -> None:
         async with self._progress.shown():
+            self._write_files()
+            await self._start_services()
             await self._start_nodes()
             self._write_topology()
             await self._start_proxy()
         await self._prove()
         self._greet()
+
+    def _write_files(self) -> None:
+        for name, text in self._plan.files.items():
+            (self._plan.run_dir / name).write_text(text)
+
+    async def _start_services(self) -> None:
+        for service in self._plan.services:
+            child = await self._spawn(service)
+            with self._progress.step(f"{service.name} on port {service.ports[0]}", last_line(service.log)):
+                await readiness.service_ready(child, self._ready_timeout_s)
 
     async def _start_nodes(self) -> None:
         for node in self._plan.nodes:
@@ -131,7 +143,8 @@ class Supervisor:
         """The proxy takes a dead node out by itself. Goes on while a node of each role and the proxy are left."""
         error = readiness.died(child)
         roles = {spec.role for spec in left if isinstance(spec, NodeProcess)}
-        if child.spec is self._plan.proxy or roles != set(Role):
+        needed = {self._plan.proxy.name, *(service.name for service in self._plan.services)}
+        if child.spec.name in needed or roles != set(Role):
             raise LauncherError(str(error), error.hint)
         self._progress.say(f"{error}\n{error.hint}\nGoing on without it.")
 
@@ -155,6 +168,7 @@ class Supervisor:
         yield self._named([self._plan.proxy])
         for role in (Role.DECODE, Role.PREFILL):
             yield self._named([node for node in self._plan.nodes if node.role is role])
+        yield self._named(self._plan.services)
 
     def _named(self, specs: Sequence[Process]) -> list[Child]:
         return [self._children[spec.name] for spec in specs if spec.name in self._children]

@@ -17,87 +17,154 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from engines import openai
-from engines.base import JSONObject
+from engines.base import JSONObject, Role
+from engines.routes import HANDED_OFF, PASSED_ON
+from engines.topology import Topology
 
 from . import exchange, topology
+from .background import Background
 from .config import ProxySettings
 from .errors import BadRequestError, NoNodeError, ProxyError
-from .exchange import DataPlane, Exchange, NodeClients
+from .exchange import DataPlane, Exchange
 from .health import Prober
+from .keys import KeyCheck
+from .media import Media
 from .metrics import Metrics
-from .pool import Pool
+from .pool import Node, Pool
+from .release import Releaser
 from .server import ClientConnection, ClientGoneError, refuse_unless_json
+from .transfer import TransferWatch
+from .transport import Headers, NodeClients
 
 logger = logging.getLogger("pd_proxy")
 
-GENERATION_ROUTES = ("/v1/completions", "/v1/chat/completions")
 _SAFE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_PASSED_TO_NODES = frozenset({b"traceparent", b"tracestate", b"x-session-id", b"x-vllm-priority"})
+_MOST_DETACHED_LEGS = 1024
+
+
+class Parts:
+    """What the application is made of, and the tasks that run as long as it does."""
+
+    def __init__(self, settings: ProxySettings, nodes: Topology) -> None:
+        self.settings = settings
+        self.pool = Pool(nodes)
+        self.node_headers = _node_headers(settings)
+        plain = {name.decode(): value.decode() for name, value in self.node_headers}
+        self.watch = TransferWatch(self.pool, plain)
+        self.prober = Prober(settings, self.pool, plain)
+        self.media = Media(settings)
+        metrics = Metrics(self.pool, self.watch)
+        clients = NodeClients(self.pool, settings.connect_timeout_s)
+        self.plane = DataPlane(
+            settings,
+            self.pool,
+            clients,
+            metrics,
+            Releaser(self.pool, clients, metrics, [(b"content-type", b"application/json"), *self.node_headers]),
+            Background(_MOST_DETACHED_LEGS),
+        )
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(work, name=name) for name, work in self._work()]
+        for task in tasks:
+            task.add_done_callback(_report_death)
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for part in (self.plane.background, self.plane.releaser, self.prober, self.watch, self.media):
+                await part.close()
+            self.plane.clients.close()
+
+    def _work(self) -> list[tuple[str, Any]]:
+        work = [("prober", self.prober.run()), ("transfer watch", self.watch.run())]
+        if self.settings.topology_file:
+            work.append(("topology", topology.follow(self.settings.topology_file, self.pool)))
+        return work
 
 
 def make_app(settings: ProxySettings) -> FastAPI:
     """The proxy's ASGI application. The nodes of a topology file are read here: raises TopologyError."""
     nodes = topology.read(settings.topology_file) if settings.topology_file else settings.topology
-    pool = Pool(nodes)
-    plane = DataPlane(settings, pool, NodeClients(pool, settings.connect_timeout_s), Metrics(pool))
+    parts = Parts(settings, nodes)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        prober = Prober(settings, pool)
-        tasks = [asyncio.create_task(prober.run(), name="prober")]
-        if settings.topology_file:
-            tasks.append(asyncio.create_task(topology.follow(settings.topology_file, pool), name="topology"))
-        for task in tasks:
-            task.add_done_callback(_report_death)
-        yield
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await prober.close()
-        plane.clients.close()
+        async with parts.running():
+            yield
 
     app = FastAPI(title="pd-proxy", lifespan=lifespan)
     app.add_exception_handler(HTTPException, _http_error)
-    for path in GENERATION_ROUTES:
-        app.router.routes.append(Route(path, _Generation(plane), methods=["POST"]))
-    _add_information_routes(app, plane)
+    if settings.api_keys:
+        app.add_middleware(KeyCheck, keys=settings.api_keys)
+    generation = _Generation(parts)
+    for path in (*HANDED_OFF, *PASSED_ON):
+        app.router.routes.append(Route(path, generation, methods=["POST"]))
+    _add_information_routes(app, parts)
     app.openapi = lambda: _with_generation_routes(app)  # type: ignore[method-assign]
     return app
 
 
-def _add_information_routes(app: FastAPI, plane: DataPlane) -> None:
+def _add_information_routes(app: FastAPI, parts: Parts) -> None:
+    pool, watch = parts.pool, parts.watch
+
     @app.get("/health")
     async def health() -> Response:
-        """200 when at least one prefill and one decode node are usable; says of each node why it is not."""
-        well = plane.pool.can_serve()
-        nodes = [
-            {
-                "name": node.spec.name,
-                "role": node.spec.role,
-                "usable": node.usable,
-                "problem": node.problem,
-                "in_flight": node.in_flight,
-            }
-            for node in plane.pool
-        ]
-        return JSONResponse({"status": "ok" if well else "unavailable", "nodes": nodes}, 200 if well else 503)
+        """200 when at least one prefill and one decode node are usable; says of each node why it is not.
+
+        "degraded": requests are answered, but KV does not move to some decode node, which computes prompts again.
+        """
+        stuck = any(watch.verdict(node) == "not moving" for node in pool.of(Role.DECODE))
+        status = ("degraded" if stuck else "ok") if pool.can_serve() else "unavailable"
+        nodes = [_node_health(node, watch) for node in pool]
+        return JSONResponse({"status": status, "nodes": nodes}, 503 if status == "unavailable" else 200)
 
     @app.get("/v1/models")
     async def models() -> Response:
         """The models that both a prefill and a decode node serve."""
-        if not plane.pool.can_serve():
+        if not pool.can_serve():
             return _error_response(NoNodeError("no usable pair of nodes", "See /health"))
-        return JSONResponse({"object": "list", "data": plane.pool.models()})
+        return JSONResponse({"object": "list", "data": pool.models()})
+
+    @app.get("/version")
+    async def version() -> Response:
+        """The version of the engines, as a decode node gives it."""
+        try:
+            node = pool.choose(Role.DECODE)
+            with node.lease():
+                answer = await parts.plane.clients.of(node).request(b"GET", b"/version", parts.node_headers, b"")
+                return Response(await answer.load(), answer.status, media_type="application/json")
+        except ProxyError as exc:
+            return _error_response(exc)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(plane.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(parts.plane.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _node_health(node: Node, watch: TransferWatch) -> JSONObject:
+    health: JSONObject = {
+        "name": node.spec.name,
+        "role": node.spec.role,
+        "usable": node.usable,
+        "problem": node.problem,
+        "in_flight": node.in_flight,
+    }
+    if node.spec.role is Role.DECODE:
+        health["kv"] = watch.verdict(node)
+    return health
 
 
 class _Generation:
     """A generation route as a bare ASGI endpoint: FastAPI's request machinery costs more than the whole exchange."""
 
-    def __init__(self, plane: DataPlane) -> None:
-        self._plane = plane
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._plane = parts.plane
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = ClientConnection(scope, receive, send)
@@ -105,7 +172,7 @@ class _Generation:
         current: Exchange | None = None
         status = 499  # the client left; nobody hears it, the metrics tell it
         try:
-            request = await self._read(scope["path"], client, request_id)
+            request = await self._read(scope, client, request_id)
             current = Exchange(self._plane, request, client)
             await _while_connected(client, current)
             status = current.status
@@ -122,7 +189,7 @@ class _Generation:
             path = current.path if current else "none"
             self._plane.metrics.requests.labels(scope["path"], path, str(status)).inc()
 
-    async def _read(self, path: str, client: ClientConnection, request_id: str) -> exchange.Request:
+    async def _read(self, scope: Scope, client: ClientConnection, request_id: str) -> exchange.Request:
         refuse_unless_json(client)
         raw = await client.body(self._plane.settings.max_body_bytes)
         try:
@@ -131,7 +198,14 @@ class _Generation:
             raise BadRequestError(f"the request body is not valid JSON: {exc}") from exc
         except openai.InvalidBodyError as exc:
             raise BadRequestError(str(exc), param=exc.param) from exc
-        return exchange.Request(path, body, request_id)
+        body = await self._parts.media.inlined(body)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"x-request-id", request_id.encode("latin-1")),
+            *self._parts.node_headers,
+            *(header for header in scope["headers"] if header[0] in _PASSED_TO_NODES),
+        ]
+        return exchange.Request(scope["path"], body, request_id, headers)
 
 
 async def _while_connected(client: ClientConnection, current: Exchange) -> None:
@@ -170,6 +244,12 @@ async def _tell(client: ClientConnection, error: ProxyError, request_id: str) ->
     await client.finish()
 
 
+def _node_headers(settings: ProxySettings) -> Headers:
+    """The proxy's own key for its nodes; a client's key never goes there."""
+    key = settings.node_api_key
+    return [(b"authorization", b"Bearer " + key.encode())] if key else []
+
+
 def _request_id(given: bytes | None) -> str:
     """The client's own id when it is harmless in a log and a header, else a new one."""
     if given is not None and _SAFE_REQUEST_ID.fullmatch(given):
@@ -195,7 +275,7 @@ def _with_generation_routes(app: FastAPI) -> JSONObject:
         schema: JSONObject = get_openapi(title=app.title, version=app.version, routes=app.routes)
         answer = {"200": {"description": "As the decode node answers it: JSON, or server-sent events"}}
         content = {"application/json": {"schema": {"type": "object"}}}
-        for path in GENERATION_ROUTES:
+        for path in (*HANDED_OFF, *PASSED_ON):
             operation = {"summary": path, "requestBody": {"content": content, "required": True}, "responses": answer}
             schema["paths"][path] = {"post": operation}
         app.openapi_schema = schema

@@ -1,6 +1,7 @@
 """`pd-proxy`: the data plane by itself, in front of nodes that somebody else started."""
 
 import logging
+import os
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -30,7 +31,7 @@ class UsageError(Exception):
 
 
 @app.command()
-def serve(
+def serve(  # noqa: PLR0913, PLR0917  a command's flags
     prefill: Annotated[
         list[str] | None,
         typer.Option(
@@ -44,12 +45,36 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
+    connector: Annotated[
+        str, typer.Option(metavar="NAME", help="The nodes' KV connector, when they are given by flags.")
+    ] = "MooncakeConnector",
+    min_prefill_tokens: Annotated[
+        int, typer.Option(help="Answer prompts shorter than about this by a decode node alone.", min=0)
+    ] = 0,
+    allow_private_media: Annotated[  # noqa: FBT002
+        bool, typer.Option("--allow-private-media", help="Fetch media for messages from private addresses too.")
+    ] = False,
 ) -> None:
-    """OpenAI-compatible proxy in front of prefill and decode nodes with the Mooncake transfer engine."""
-    nodes = Topology(nodes=(*_prefill_nodes(prefill or []), *_decode_nodes(decode or [])))
+    """OpenAI-compatible proxy in front of prefill and decode nodes with the Mooncake transfer engine.
+
+    PD_PROXY_API_KEYS (comma-separated): keys that clients must send. PD_NODE_API_KEY: the key the nodes want.
+    """
+    listed = {"connector": connector, "nodes": (*_prefill_nodes(prefill or []), *_decode_nodes(decode or []))}
+    nodes = Topology.model_validate(listed)
     if topology is None and not (prefill and decode):
         raise UsageError("which nodes? Give --prefill and --decode at least once each, or --topology FILE")
-    run(ProxySettings(host=host, port=port, topology_file=topology, topology=nodes))
+    run(
+        ProxySettings(
+            host=host,
+            port=port,
+            topology_file=topology,
+            topology=nodes,
+            api_keys=tuple(filter(None, os.environ.get("PD_PROXY_API_KEYS", "").split(","))),
+            node_api_key=os.environ.get("PD_NODE_API_KEY") or None,
+            min_prefill_tokens=min_prefill_tokens,
+            allow_private_media=allow_private_media,
+        )
+    )
 
 
 def run(settings: ProxySettings) -> None:

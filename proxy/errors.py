@@ -8,6 +8,8 @@ ProxyError
     └── NodeBrokeOffError 502 ... after its answer had begun
 """
 
+from typing import Any
+
 
 class ProxyError(Exception):
     """`message` says what happened and where, `hint` how to mend it. `kind` is the `type` of OpenAI's error body."""
@@ -23,6 +25,20 @@ class ProxyError(Exception):
 class BadRequestError(ProxyError):
     status = 400
     kind = "BadRequestError"
+
+
+class NotServedError(ProxyError):
+    status = 404
+    kind = "NotFoundError"
+
+
+class NodeRefusedError(ProxyError):
+    """Passed on as the node put it: status, type, message, param."""
+
+    def __init__(self, status: int, error: dict[str, Any]) -> None:
+        super().__init__(str(error.get("message", "refused")), param=error.get("param"))
+        self.status = status
+        self.kind = str(error.get("type", "BadRequestError"))
 
 
 class NoNodeError(ProxyError):

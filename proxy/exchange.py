@@ -4,12 +4,12 @@ split    the client's body becomes a prefill body and a decode body, or a reason
 choose   one decode node and one prefill node, leased for as long as their leg lasts
 prefill  one token, awaited whole; it must have ended by length, or there is no KV to hand off
 decode   status and first event awaited before the client gets a status line, then bytes as they come
-account  leases back, hand-off settled, metrics
+account  leases back, hand-off used or released, metrics
 """
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -17,17 +17,31 @@ from typing import Literal, Protocol
 import orjson
 
 from engines import openai
-from engines.base import JSONObject, Role
-from engines.mooncake import HandOff
+from engines.base import HandOff, JSONObject, PrefillRefusedError, Rank, Role
+from engines.collect import Collector, StreamError
+from engines.openai import Prefilled
+from engines.routes import HANDED_OFF, Route
 
+from .background import Background
 from .config import ProxySettings
-from .errors import NodeError, NodeTimeoutError
+from .errors import (
+    NodeBrokeOffError,
+    NodeError,
+    NodeRefusedError,
+    NodeTimeoutError,
+    NotServedError,
+    ProxyError,
+)
 from .metrics import Metrics
 from .pool import Node, Pool
-from .transport import Answer, Headers, NodeClient
+from .release import Releaser
+from .transport import Answer, Headers, NodeClients
 
 _ERROR_EVENT = b'data: {"error"'
 _PASSED_TO_CLIENT = (b"content-type", b"retry-after")
+_JSON = (b"content-type", b"application/json")
+
+Path = Literal["none", "disaggregated", "aggregated"]
 
 
 class Client(Protocol):
@@ -47,32 +61,8 @@ class Request:
     path: str
     body: JSONObject
     id: str
-
-
-class NodeClients:
-    """The HTTP client of each node, made when first needed and closed when its node has gone."""
-
-    def __init__(self, pool: Pool, connect_timeout_s: float) -> None:
-        self._pool = pool
-        self._connect_timeout_s = connect_timeout_s
-        self._clients: dict[Node, NodeClient] = {}
-
-    def of(self, node: Node) -> NodeClient:
-        client = self._clients.get(node)
-        if client is None:
-            self._forget_the_gone()
-            client = NodeClient(node.spec.name, node.spec.url, self._connect_timeout_s)
-            self._clients[node] = client
-        return client
-
-    def close(self) -> None:
-        for client in self._clients.values():
-            client.close()
-
-    def _forget_the_gone(self) -> None:
-        for node in self._clients.keys() - set(self._pool):
-            if not node.in_flight:
-                self._clients.pop(node).close()
+    headers: Headers
+    """Those of the client's headers that the nodes get, the request id among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +73,8 @@ class DataPlane:
     pool: Pool
     clients: NodeClients
     metrics: Metrics
+    releaser: Releaser
+    background: Background
 
 
 @dataclass(slots=True)
@@ -93,114 +85,240 @@ class Exchange:
     request: Request
     client: Client
     started: float = field(default_factory=time.perf_counter)
-    path: Literal["none", "disaggregated", "aggregated"] = "none"
+    path: Path = "none"
     reason: str | None = None
     status: int = 0
+    _pinned: JSONObject | None = None
+    """Parameters of a hand-off that a prefill node keeps KV for and no decode node has taken."""
 
     async def run(self) -> None:
         """Answer the client. Raises ProxyError; what a node answered, errors too, is passed on and is none."""
-        self.reason = openai.aggregated_reason(self.request.body)
-        if self.reason is not None:
-            await self._aggregated()
+        route = HANDED_OFF.get(self.request.path)
+        if route is None:
+            await self._aggregated("route")
+        elif reason := openai.aggregated_reason(self.request.body, self.plane.settings.min_prefill_tokens):
+            await self._aggregated(reason)
         else:
-            await self._disaggregated()
+            await self._disaggregated(route)
 
-    async def _aggregated(self) -> None:
-        self.path = "aggregated"
+    async def _aggregated(self, reason: str) -> None:
+        self.path, self.reason = "aggregated", reason
+        self.plane.metrics.aggregated.labels(reason).inc()
         with self.plane.pool.choose(Role.DECODE).lease() as decode:
-            await self._decode(decode, {**self.request.body, "kv_transfer_params": None})
+            async with self._opened(decode, self.request.body | {"kv_transfer_params": None}) as (answer, first):
+                if answer.status == 404 and b'"error"' not in first:  # the node's server knows no such route
+                    raise NotServedError(f"{self.request.path} is not served here")
+                await self._relay(decode, answer, first)
 
-    async def _disaggregated(self) -> None:
+    async def _disaggregated(self, route: Route) -> None:
         self.path = "disaggregated"
         with self.plane.pool.choose(Role.DECODE).lease() as decode:
             with self.plane.pool.choose(Role.PREFILL).lease() as prefill:
-                hand_off = prefill.hand_off()
-                prefilled = await self._prefill(prefill, hand_off)
-            if prefilled is None:
+                rank = prefill.next_rank()
+                hand_off = self.plane.pool.connector.hand_off(prefill.spec.bootstrap, rank)
+                answer = await self._prefill(prefill, route, hand_off, rank)
+            if answer.status != 200:
+                await self._pass_on(answer)
                 return
-            body = openai.decode_body(self.request.body, hand_off.decode_params(), prefilled)
-            await self._settle(self._decode(decode, body), prefilled)
+            try:
+                prefilled = openai.prefilled(route, await answer.load())
+                params = hand_off.decode_params(prefilled.answer)
+            except PrefillRefusedError:
+                await self._aggregated("prefill-stopped")
+                return
+            self._pinned = params if hand_off.pins_kv else None
+            body = openai.decode_body(route, self.request.body, params, prefilled, stream=self._streams(route))
+            await self._decode(decode, route, body, prefilled)
 
-    async def _settle(self, decode_leg: Awaitable[None], prefilled: openai.Prefilled) -> None:
-        """Count what becomes of a hand-off: used, refused by the decode node, or lost with its leg."""
+    # -- prefill
+
+    async def _prefill(self, node: Node, route: Route, hand_off: HandOff, rank: Rank | None) -> Answer:
+        """The node's answer, read whole."""
+        started = time.perf_counter()
+        headers = self.request.headers
+        if rank is not None and len(node.ranks) > 1:
+            headers = [*headers, (b"x-data-parallel-rank", str(rank.number).encode())]
+        body = openai.prefill_body(route, self.request.body, hand_off.prefill_params())
+        async with _deadline(self.plane.settings.prefill_timeout_s, f"prefill node {node.spec.name} did not finish"):
+            answer = await self._send(node, body, headers)
+            await answer.load()
+        self.plane.metrics.prefill_seconds.observe(time.perf_counter() - started)
+        return answer
+
+    # -- decode
+
+    def _streams(self, route: Route) -> bool:
+        """Whether the decode leg is a stream: the client's own, or one collected here for a client that wants none.
+
+        Tool calls are parsed by the node, and by another parser in a stream; a client that asked for a whole answer
+        gets the one of the whole answer's parser.
+        """
+        body = self.request.body
+        return bool(body.get("stream")) or (route.collects and not (body.get("tools") or body.get("functions")))
+
+    async def _decode(self, node: Node, route: Route, body: JSONObject, prefilled: Prefilled) -> None:
+        """The decode leg, and what becomes of the hand-off: used, or refused and given back, or lost with its leg."""
         outcome = "lost"
         try:
-            await decode_leg
+            if not body.get("stream"):
+                await self._decode_whole(node, body)
+            elif self.request.body.get("stream"):
+                async with self._opened(node, body) as (answer, first):
+                    await self._relay(node, answer, first)
+            else:
+                await self._collect(node, route, body)
             outcome = "used" if self.status == 200 else "refused"
         finally:
             self.plane.metrics.hand_offs.labels(outcome).inc()
         if outcome == "used":
-            self.plane.metrics.hand_off_tokens.inc(prefilled.prompt_tokens)
+            node.handed_over(prefilled.prompt_tokens)
 
-    async def _prefill(self, node: Node, hand_off: HandOff) -> openai.Prefilled | None:
-        """None when the node refused the request: its answer has gone to the client."""
-        started = time.perf_counter()
-        body = openai.prefill_body(self.request.body, hand_off.prefill_params())
-        async with _deadline(self.plane.settings.prefill_timeout_s, f"prefill node {node.spec.name} did not finish"):
-            answer = await self._send(node, body)
-            raw = await answer.body()
-        if answer.status != 200:
-            await self._pass_on(answer, raw)
-            return None
-        try:
-            prefilled = openai.prefilled(orjson.loads(raw))
-        except (openai.PrefillRefusedError, orjson.JSONDecodeError) as exc:
-            raise NodeError(f"prefill node {node.spec.name}: {exc}") from exc
-        self.plane.metrics.prefill_seconds.observe(time.perf_counter() - started)
-        return prefilled
+    async def _decode_whole(self, node: Node, body: JSONObject) -> None:
+        """A leg that is not a stream is never cut off, not even for a client that has left (see engines/collect.py)."""
 
-    async def _decode(self, node: Node, body: JSONObject) -> None:
-        settings = self.plane.settings
-        silence = f"decode node {node.spec.name} did not answer"
-        async with _deadline(settings.decode_start_timeout_s, silence):
-            answer = await self._send(node, body)
+        async def leg() -> Answer:
+            limit_s, late = self.plane.settings.whole_answer_timeout_s, f"decode node {node.spec.name} did not finish"
+            with node.lease():
+                async with _deadline(limit_s, late):
+                    answer = await self._hand_over(node, body)
+                    await answer.load()
+                return answer
+
+        await self._pass_on(await asyncio.shield(self.plane.background.start(leg(), "whole decode leg")))
+
+    async def _collect(self, node: Node, route: Route, body: JSONObject) -> None:
+        """A stream, put together to the whole answer the client asked for."""
+        collector = Collector(chat=route.forwards_ids_as == "kv_transfer_params")
+        async with self._opened(node, body) as (answer, first):
+            if answer.status != 200:
+                await self._relay(node, answer, first)
+                return
+            try:
+                async for chunk in self._chunks(node, answer, first):
+                    collector.feed(chunk)
+            except StreamError as exc:
+                raise NodeError(f"decode node {node.spec.name} failed: {exc}") from exc
+            except (ValueError, KeyError, TypeError) as exc:
+                raise NodeError(f"decode node {node.spec.name} sent a stream that cannot be read") from exc
+            if not collector.is_whole:
+                raise NodeBrokeOffError(f"decode node {node.spec.name} ended its answer before its end")
+        await self._start(200, [_JSON])
+        await self.client.write(orjson.dumps(collector.answer()))
+        await self.client.finish()
+
+    @asynccontextmanager
+    async def _opened(self, node: Node, body: JSONObject) -> AsyncIterator[tuple[Answer, bytes]]:
+        """A decode leg whose status and first bytes have come. Closed at the end, whatever is unread.
+
+        Raises NodeError when a stream begins with an error: vLLM has already said 200 to it.
+        """
+        limit_s, late = self.plane.settings.decode_start_timeout_s, f"decode node {node.spec.name} did not answer"
+        async with _deadline(limit_s, late):
+            answer = await self._hand_over(node, body)
             first = await answer.chunk()
         try:
             if answer.status == 200 and first.startswith(_ERROR_EVENT):
-                # vLLM has already said 200 to an answer that failed before it began; the client hears it as it is.
-                raise NodeError(f"decode node {node.spec.name} failed: {_message_of(first)}")
+                raise self._failure_in(first, node)
             self.plane.metrics.first_event_seconds.observe(time.perf_counter() - self.started)
-            await self._start(answer)
-            await self._relay(node, answer, first)
+            yield answer, first
         finally:
             answer.close()
 
+    async def _hand_over(self, node: Node, body: JSONObject) -> Answer:
+        """Send the decode leg. The hand-off is given back when no node has taken it.
+
+        A node that has it and is cut off lets go by itself: vLLM's abort of a request frees its hand-off.
+        """
+        sent = False
+
+        def note() -> None:
+            nonlocal sent
+            sent = True
+
+        try:
+            answer = await self._send(node, body, self.request.headers, note)
+        except NodeError:
+            self._give_back()
+            raise
+        except asyncio.CancelledError:
+            if not sent:
+                self._give_back()
+            raise
+        if answer.status != 200 and not openai.is_released_by_refusal(answer.status, _error_kind(await answer.load())):
+            self._give_back()
+        return answer
+
+    def _failure_in(self, first: bytes, node: Node) -> ProxyError:
+        """What a stream that begins with an error means; vLLM has already said 200 to it.
+
+        A refusal made there is not followed by vLLM's rejection clean-up: the request never reached the engine, and
+        the prefill node would keep its KV (seen on a live pair with `logprobs` above the limit).
+        """
+        error = _error_in(first)
+        code = error.get("code")
+        if isinstance(code, int) and 400 <= code < 500:
+            self._give_back()
+            return NodeRefusedError(code, error)
+        return NodeError(f"decode node {node.spec.name} failed: {error.get('message', 'it began with an error')}")
+
+    def _give_back(self) -> None:
+        if self._pinned is not None:
+            self.plane.releaser.release(self.request.body, self._pinned)
+            self._pinned = None
+
+    # -- both
+
     async def _relay(self, node: Node, answer: Answer, first: bytes) -> None:
+        await self._start(answer.status, answer.headers)
+        async for chunk in self._chunks(node, answer, first):
+            await self.client.write(chunk)
+        await self.client.finish()
+
+    async def _chunks(self, node: Node, answer: Answer, first: bytes) -> AsyncIterator[bytes]:
         chunk = first
         silence = f"decode node {node.spec.name} fell silent"
         while chunk:
-            await self.client.write(chunk)
+            yield chunk
             async with _deadline(self.plane.settings.decode_silence_timeout_s, silence):
                 chunk = await answer.chunk()
-        await self.client.finish()
 
-    async def _send(self, node: Node, body: JSONObject) -> Answer:
-        headers = [(b"content-type", b"application/json"), (b"x-request-id", self.request.id.encode("latin-1"))]
-        raw = orjson.dumps(body)
+    async def _send(
+        self, node: Node, body: JSONObject, headers: Headers, on_sent: Callable[[], None] = lambda: None
+    ) -> Answer:
         try:
-            return await self.plane.clients.of(node).request(b"POST", self.request.path.encode(), headers, raw)
+            return await self.plane.clients.of(node).request(
+                b"POST", self.request.path.encode(), headers, orjson.dumps(body), on_sent
+            )
         except NodeError as exc:
             node.failed(str(exc))  # until the next probe finds it well
             raise
 
-    async def _start(self, answer: Answer) -> None:
-        headers = [header for header in answer.headers if header[0] in _PASSED_TO_CLIENT]
+    async def _start(self, status: int, node_headers: Headers) -> None:
+        headers = [header for header in node_headers if header[0] in _PASSED_TO_CLIENT]
         taken = self.path if self.reason is None else f"{self.path}; reason={self.reason}"
         headers += [(b"x-pd-path", taken.encode()), (b"x-request-id", self.request.id.encode("latin-1"))]
-        self.status = answer.status
-        await self.client.start(answer.status, headers)
+        self.status = status
+        await self.client.start(status, headers)
 
-    async def _pass_on(self, answer: Answer, raw: bytes) -> None:
-        await self._start(answer)
-        await self.client.write(raw)
+    async def _pass_on(self, answer: Answer) -> None:
+        await self._start(answer.status, answer.headers)
+        await self.client.write(await answer.load())
         await self.client.finish()
 
 
-def _message_of(event: bytes) -> str:
+def _error_kind(body: bytes) -> str:
     try:
-        return str(orjson.loads(event.split(b"\n", 1)[0].removeprefix(b"data: "))["error"]["message"])
+        return str(orjson.loads(body)["error"]["type"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
-        return "it began its answer with an error"
+        return ""
+
+
+def _error_in(event: bytes) -> JSONObject:
+    try:
+        error = orjson.loads(event.split(b"\n", 1)[0].removeprefix(b"data: "))["error"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return {}
+    return error if isinstance(error, dict) else {}
 
 
 @asynccontextmanager

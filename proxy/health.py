@@ -10,7 +10,7 @@ import logging
 import httpx
 
 from engines import mooncake, vllm
-from engines.base import Role
+from engines.base import Rank, Role
 
 from .config import ProxySettings
 from .pool import Node, Pool
@@ -21,10 +21,11 @@ logger = logging.getLogger("pd_proxy.health")
 class Prober:
     """Asks every node in turn of time, and tells the pool."""
 
-    def __init__(self, settings: ProxySettings, pool: Pool) -> None:
+    def __init__(self, settings: ProxySettings, pool: Pool, node_headers: dict[str, str]) -> None:
         self._settings = settings
         self._pool = pool
         self._client = httpx.AsyncClient(timeout=settings.probe_timeout_s, trust_env=False)
+        self._node_headers = node_headers
 
     async def run(self) -> None:
         """Probe for ever."""
@@ -44,27 +45,28 @@ class Prober:
         try:
             await self._get(f"{node.spec.url}/health")
             models = vllm.model_cards((await self._get(f"{node.spec.url}/v1/models")).json())
-            ids = await self._identity(node)
+            ranks = await self._identity(node)
         except _ProbeError as exc:
             node.failed(str(exc))
         except (KeyError, TypeError, ValueError):
             node.failed("answers, but not as a vLLM server does")
         else:
-            node.ready(ids, models)
+            node.ready(ranks, models)
         _log_change(node, before)
 
-    async def _identity(self, node: Node) -> dict[int, str]:
-        if node.spec.role is Role.DECODE:
-            return {}
-        ids = mooncake.engine_ids((await self._get(f"{node.spec.bootstrap}/query")).json())
+    async def _identity(self, node: Node) -> tuple[Rank, ...]:
+        if node.spec.role is Role.DECODE or not self._pool.connector.has_bootstrap:
+            return ()
+        ids = mooncake.engine_ids((await self._get(f"{node.spec.bootstrap}/query", {})).json())
         if not ids:
             raise _ProbeError("its bootstrap server knows no worker yet")
-        return ids
+        return tuple(Rank(number, engine_id) for number, engine_id in sorted(ids.items()))
 
-    async def _get(self, url: str) -> httpx.Response:
+    async def _get(self, url: str, headers: dict[str, str] | None = None) -> httpx.Response:
+        """`headers`: those for a node, its key among them, unless others are given."""
         path = httpx.URL(url).path
         try:
-            answer = await self._client.get(url)
+            answer = await self._client.get(url, headers=self._node_headers if headers is None else headers)
         except httpx.TimeoutException as exc:
             raise _ProbeError(f"no answer to {path} in {self._settings.probe_timeout_s:g} s") from exc
         except httpx.HTTPError as exc:

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from engines import topology
-from engines.base import JSONObject, Role
-from engines.mooncake import HandOff
+from engines.base import Connector, JSONObject, Rank, Role
+from engines.connectors import CONNECTORS
 
 from .errors import NoNodeError
 
@@ -20,27 +20,37 @@ class Node:
     spec: topology.Node
     problem: str | None = NOT_PROBED
     """Why it gets no requests; None when it does."""
-    engine_ids: dict[int, str] = field(default_factory=dict)
-    """Of this life of a prefill node, by data-parallel rank. Never kept over a failure."""
+    ranks: tuple[Rank, ...] = ()
+    """The data-parallel ranks of this life of a prefill node. Never kept over a failure."""
     models: tuple[JSONObject, ...] = ()
     """Its model cards, as its `/v1/models` lists them."""
     in_flight: int = 0
+    hand_offs: int = 0
+    handed_tokens: int = 0
+    """Hand-offs this decode node answered, and their prompts' tokens."""
+    _turn: int = 0
 
     @property
     def usable(self) -> bool:
         return self.problem is None
 
-    def ready(self, engine_ids: dict[int, str], models: tuple[JSONObject, ...]) -> None:
-        self.problem, self.engine_ids, self.models = None, engine_ids, models
+    def ready(self, ranks: tuple[Rank, ...], models: tuple[JSONObject, ...]) -> None:
+        self.problem, self.ranks, self.models = None, ranks, models
 
     def failed(self, problem: str) -> None:
         """No requests until a probe finds it well, and its identity with it."""
-        self.problem, self.engine_ids = problem, {}
+        self.problem, self.ranks = problem, ()
 
-    def hand_off(self) -> HandOff:
-        """A new hand-off from this prefill node."""
-        assert self.spec.bootstrap is not None  # noqa: S101  the topology refuses a prefill node without
-        return HandOff(engine_id=self.engine_ids[min(self.engine_ids)], bootstrap=self.spec.bootstrap)
+    def next_rank(self) -> Rank | None:
+        """The hand-off target of the next request; None for a connector whose nodes have no identity to know."""
+        if not self.ranks:
+            return None
+        self._turn = (self._turn + 1) % len(self.ranks)
+        return self.ranks[self._turn]
+
+    def handed_over(self, prompt_tokens: int) -> None:
+        self.hand_offs += 1
+        self.handed_tokens += prompt_tokens
 
     @contextmanager
     def lease(self) -> Iterator["Node"]:
@@ -64,6 +74,7 @@ class Pool:
         """Use these nodes from now on. One that stays keeps its state; one that goes finishes what it has."""
         known = {node.spec: node for node in self}
         self._nodes = {role: [known.get(spec) or Node(spec) for spec in nodes.of(role)] for role in Role}
+        self.connector: Connector = CONNECTORS[nodes.connector]
 
     def __iter__(self) -> Iterator[Node]:
         for nodes in self._nodes.values():

@@ -7,13 +7,14 @@ either (`_HIGH_WATER` bytes apart), so a slow client slows its node and not the 
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final, cast
 from urllib.parse import urlsplit
 
 import httptools
 
 from .errors import NodeBrokeOffError, NodeError, NodeTimeoutError
+from .pool import Node, Pool
 
 _HIGH_WATER: Final = 256 * 1024
 _MOST_HEADER_BYTES: Final = 64 * 1024
@@ -37,9 +38,14 @@ class NodeClient:
         self._open: set[_Connection] = set()
 
     async def request(
-        self, method: bytes, path: bytes, headers: Iterable[tuple[bytes, bytes]], body: bytes
+        self,
+        method: bytes,
+        path: bytes,
+        headers: Iterable[tuple[bytes, bytes]],
+        body: bytes,
+        on_sent: Callable[[], None] = lambda: None,
     ) -> "Answer":
-        """Send a request and wait for the answer's head.
+        """Send a request and wait for the answer's head. `on_sent` is called once the node may have it.
 
         Raises NodeError when the node cannot be reached, breaks off or does not speak HTTP. A kept connection that
         the node closes before the first byte of an answer is an idle one it had given up: sent again once, on a new
@@ -52,7 +58,7 @@ class NodeClient:
             if connection is None:
                 connection = await self._connect()
             try:
-                return await connection.send(message)
+                return await connection.send(message, on_sent)
             except _ClosedBeforeAnswerError as exc:
                 if fresh:
                     raise NodeError(f"node {self._name} closed the connection without an answer") from exc
@@ -109,13 +115,40 @@ class NodeClient:
         return self._name
 
 
+class NodeClients:
+    """The HTTP client of each node, made when first needed and closed when its node has gone."""
+
+    def __init__(self, pool: Pool, connect_timeout_s: float) -> None:
+        self._pool = pool
+        self._connect_timeout_s = connect_timeout_s
+        self._clients: dict[Node, NodeClient] = {}
+
+    def of(self, node: Node) -> NodeClient:
+        client = self._clients.get(node)
+        if client is None:
+            self._forget_the_gone()
+            client = NodeClient(node.spec.name, node.spec.url, self._connect_timeout_s)
+            self._clients[node] = client
+        return client
+
+    def close(self) -> None:
+        for client in self._clients.values():
+            client.close()
+
+    def _forget_the_gone(self) -> None:
+        for node in self._clients.keys() - set(self._pool):
+            if not node.in_flight:
+                self._clients.pop(node).close()
+
+
 class Answer:
     """A node's answer: its head is here, its body comes as it is read."""
 
-    __slots__ = ("_connection", "headers", "status")
+    __slots__ = ("_connection", "_loaded", "headers", "status")
 
     def __init__(self, connection: "_Connection", status: int, headers: Headers) -> None:
         self._connection: _Connection | None = connection
+        self._loaded = b""
         self.status = status
         self.headers = headers
 
@@ -128,19 +161,26 @@ class Answer:
 
         Raises NodeBrokeOffError when the node does not finish its answer.
         """
+        if self._loaded:
+            loaded, self._loaded = self._loaded, b""
+            return loaded
+        return await self._read()
+
+    async def load(self) -> bytes:
+        """All of the body. It stays, for `chunk` or another `load`."""
+        chunks = [self._loaded]
+        while data := await self._read():
+            chunks.append(data)
+        self._loaded = b"".join(chunks)
+        return self._loaded
+
+    async def _read(self) -> bytes:
         if self._connection is None:
             return b""
         data = await self._connection.read()
         if not data:
             self._connection = None  # back in the pool, or closed
         return data
-
-    async def body(self) -> bytes:
-        """All that is left of it."""
-        chunks = []
-        while data := await self.chunk():
-            chunks.append(data)
-        return b"".join(chunks)
 
     def close(self) -> None:
         """Give it up. An answer that is not read to its end costs its connection, which tells the node to stop."""
@@ -173,13 +213,14 @@ class _Connection(asyncio.Protocol):
         self._has_head = False
         self._has_length = False
         self._complete = False
+        self._keep_alive = False
         self._error: Exception | None = None
         self._chunks: deque[bytes] = deque()
         self._buffered = 0
 
     # -- what NodeClient and Answer call
 
-    async def send(self, message: Iterable[bytes]) -> Answer:
+    async def send(self, message: Iterable[bytes], on_sent: Callable[[], None]) -> Answer:
         assert self._transport is not None  # noqa: S101  made by create_connection
         if self._transport.is_closing():
             raise _ClosedBeforeAnswerError
@@ -187,12 +228,13 @@ class _Connection(asyncio.Protocol):
         self._busy = True
         try:
             self._transport.writelines(message)
+            on_sent()
             while not self._has_head and self._error is None:
                 await self._something_new()
         except BaseException:
             self.abort()
             raise
-        if self._error is not None:
+        if not self._has_head and self._error is not None:
             self.abort()
             raise self._error
         return Answer(self, self._parser.get_status_code(), self._headers)
@@ -274,6 +316,7 @@ class _Connection(asyncio.Protocol):
         if status in (204, 304):
             self._has_length = True
         self._has_head = True
+        self._keep_alive = self._parser.should_keep_alive()  # the parser forgets with the end of the message
 
     def on_body(self, data: bytes) -> None:
         self._chunks.append(data)
@@ -300,7 +343,7 @@ class _Connection(asyncio.Protocol):
         """The answer is read to its end: keep the connection if both sides may."""
         self._busy = False
         assert self._transport is not None  # noqa: S101  an answer came over it
-        if self._error is None and self._parser.should_keep_alive() and not self._transport.is_closing():
+        if self._keep_alive and self._error is None and not self._transport.is_closing():
             self._client._free(self)  # noqa: SLF001
         else:
             self._transport.close()

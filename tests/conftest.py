@@ -7,6 +7,23 @@ import pytest
 from tests.processes import Proxy, Sim, proxy_in_front_of, sim_node
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """From cheap to real: pure functions, then processes, then the engines."""
+    order = (
+        "tests/engines/test_",
+        "tests/test_",
+        "tests/engines/",
+        "tests/proxy/",
+        "tests/launcher/",
+        "tests/examples/",
+    )
+
+    def cost(item: pytest.Item) -> int:
+        return next((place for place, start in enumerate(order) if item.nodeid.startswith(start)), len(order))
+
+    items.sort(key=cost)
+
+
 @pytest.fixture(scope="session")
 def _pair() -> Iterator[tuple[Sim, Sim, Proxy]]:
     with sim_node("prefill") as prefill, sim_node("decode") as decode, proxy_in_front_of(prefill, decode) as proxy:

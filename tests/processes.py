@@ -7,6 +7,7 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,25 +64,27 @@ def wait_until(holds: Callable[[], Any], what: str, patience_s: float = PATIENCE
 
 @contextmanager
 def running(command: Sequence[str], env: Mapping[str, str] | None = None) -> Iterator["subprocess.Popen[str]"]:
-    """A child that ends with the test, output collected."""
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
+    """A child that ends with the test. Its output goes to a file: a pipe that nobody reads would stop it when full."""
+    with (
+        tempfile.TemporaryFile() as output,
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        ) as process,
+    ):
         try:
             yield process
         finally:
             process.terminate()
             try:
-                process.communicate(timeout=30)
+                process.wait(timeout=30)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.communicate()
 
 
 @dataclass
@@ -118,13 +121,17 @@ def sim_node(  # noqa: PLR0913  a node's settings
     timeout_s: float = 60,
     port: int | None = None,
     bootstrap_port: int | None = None,
-    max_model_len: int = 2048,
-    model: str = MODEL,
+    connector: str = "MooncakeConnector",
+    flags: Sequence[str] = (),
 ) -> Iterator[Sim]:
     port = port or free_port()
-    config = {"kv_role": {"prefill": "kv_producer", "decode": "kv_consumer"}[role], "kv_load_failure_policy": policy}
-    command = [sys.executable, "-P", "-m", "engines.sim", "--served-model-name", model, "--port", str(port)]
-    command += ["--kv-transfer-config", json.dumps(config), "--max-model-len", str(max_model_len)]
+    config = {
+        "kv_connector": connector,
+        "kv_role": {"prefill": "kv_producer", "decode": "kv_consumer"}[role],
+        "kv_load_failure_policy": policy,
+    }
+    command = [sys.executable, "-P", "-m", "engines.sim", "--served-model-name", MODEL, "--port", str(port)]
+    command += ["--kv-transfer-config", json.dumps(config), *flags]
     env = {"VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT": str(timeout_s)}
     bootstrap = None
     if role == "prefill":
@@ -158,14 +165,16 @@ class Proxy:
 
 
 @contextmanager
-def proxy_in_front_of(*nodes: Sim, flags: Sequence[str] = (), wait: bool = True) -> Iterator[Proxy]:
+def proxy_in_front_of(
+    *nodes: Sim, flags: Sequence[str] = (), env: Mapping[str, str] | None = None, wait: bool = True
+) -> Iterator[Proxy]:
     """Started with the flags of vLLM's example proxy."""
     port = free_port()
     command = [sys.executable, "-P", "-m", "proxy.cli", "--port", str(port), *flags]
     for node in nodes:
         bootstrap_port = [(node.bootstrap or "").rpartition(":")[2]] if node.role == "prefill" else []
         command += [f"--{node.role}", node.url, *bootstrap_port]
-    with running(command) as process:
+    with running(command, env) as process:
         proxy = Proxy(f"http://127.0.0.1:{port}", process)
         wait_until(lambda: httpx.get(f"{proxy.url}/health"), "the proxy")
         if wait:

@@ -4,16 +4,37 @@ Loaded by the engine through `kv_connector` + `kv_connector_module_path`, with t
 The transfer itself is untouched: the real TransferEngine moves real KV blocks over TCP.
 
 vLLM 0.32 asks for the current accelerator before it starts the transfer engine (mooncake_connector.py, worker
-`__init__`), which raises on a CPU build. There is one CPU device, so its index is 0.
+`__init__`), which raises on a CPU build. There is one CPU device, so its index is 0. The store connector waits for
+CUDA's stream with an event before it saves (store/worker.py, `wait_for_save`); a CPU has computed when it returns.
 """
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.mooncake_connector import MooncakeConnector
+from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.store.connector import MooncakeStoreConnector
 from vllm.platforms import current_platform
+
+
+class _DoneAlready:
+    """Stands in for `torch.cuda.Event`."""
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
 
 if current_platform.is_cpu():
     torch.accelerator.current_device_index = lambda: 0
+    torch.cuda.Event = _DoneAlready
 
 
 class CpuMooncakeConnector(MooncakeConnector):
     """`MooncakeConnector` on a CPU; the name shows in the engine's log that the plug-in was loaded."""
+
+
+class CpuMooncakeStoreConnector(MooncakeStoreConnector):
+    """`MooncakeStoreConnector` on a CPU."""

@@ -6,6 +6,7 @@ lets one try pd-launch on a laptop; it proves nothing about a real engine.
 
     tokens.py    tokenizer, chat template and the deterministic "model" (pure)
     request.py   a request's body: what vLLM would refuse, and what it asks for (pure)
+    dialects.py  the responses and messages routes, spoken as chat
     kv.py        KV blocks: running, held for a hand-off, pulled, expired, leaked
     transfer.py  the decode side of a hand-off: find the prefill node, pull
     answers.py   chunks and bodies in vLLM's shape (pure)

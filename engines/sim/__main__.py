@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--data-parallel-size", type=int, default=1)
     parser.add_argument("--kv-transfer-config", type=json.loads, default={})
     options, _ = parser.parse_known_args()
     asyncio.run(_Server(options).run())
@@ -62,6 +63,9 @@ class _Server:
             max_model_len=options.max_model_len,
             load_failure_policy=config.get("kv_load_failure_policy", "fail"),
             transfer_timeout_s=timeout_s,
+            address=(options.host, options.port),
+            ranks=options.data_parallel_size,
+            is_nixl=config.get("kv_connector") == "NixlConnector",
         )
         self._address = (options.host, options.port)
         self._bootstrap_address = ("0.0.0.0", bootstrap_port)  # noqa: S104  where vLLM's listens too

@@ -10,6 +10,7 @@
     {"fault": "error-first"}                            200, then an error as a stream's first event
     {"fault": "finish-error"}                           200 with finish_reason "error"
     {"refuse_s": 2}                                     stops listening for a while
+    {"lose_transfers": true}                            no KV arrives, at a decode node
     {"fault": null}                                     well again
 
 A fault meets generation requests only, `times` of them (all, when not given).
@@ -35,6 +36,7 @@ class Faults(BaseModel):
     chunks: int = Field(1, ge=0)
     times: int | None = Field(None, ge=1)
     refuse_s: float = Field(0, ge=0)
+    lose_transfers: bool = False
 
     def take(self) -> Kind | None:
         """The fault the next request meets; counts it."""

@@ -1,7 +1,8 @@
 """A request's body: what vLLM would refuse and in which words, and what it asks for."""
 
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..base import JSONObject
 from .tokens import VOCABULARY, Sampling, encode, render_chat
@@ -18,10 +19,12 @@ class RefusedError(ValueError):
     `_with_kv_transfer_rejection_cleanup`).
     """
 
-    def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
+    def __init__(self, message: str, param: str | None = None, status: int = 400, *, late: bool = False) -> None:
         super().__init__(message)
         self.param = param
         self.status = status
+        self.late = late
+        """Found when the engine is handed the request: a stream has said 200 by then, and nothing is freed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,8 @@ class Wanted:
     logprobs: int | None
     echo: bool
     kv: JSONObject
-    priority: int = 0
+    rank: int = 0
+    own_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 def parse(body: object, *, chat: bool, model: str, max_model_len: int) -> Wanted:
@@ -81,12 +85,12 @@ def for_choice(sampling: Sampling, choice: int) -> Sampling:
 def _check_schema(body: JSONObject, *, chat: bool) -> None:
     whole = ("max_tokens", "max_completion_tokens", "min_tokens", "n", "seed")
     numbers = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
-    for field in whole:
-        if body.get(field) is not None and (not isinstance(body[field], int) or isinstance(body[field], bool)):
-            raise SchemaError(f"{field}: Input should be a valid integer")
-    for field in numbers:
-        if body.get(field) is not None and not isinstance(body[field], int | float):
-            raise SchemaError(f"{field}: Input should be a valid number")
+    for name in whole:
+        if body.get(name) is not None and (not isinstance(body[name], int) or isinstance(body[name], bool)):
+            raise SchemaError(f"{name}: Input should be a valid integer")
+    for name in numbers:
+        if body.get(name) is not None and not isinstance(body[name], int | float):
+            raise SchemaError(f"{name}: Input should be a valid number")
     if chat and not isinstance(body.get("messages"), list):
         raise SchemaError("messages: Input should be a valid list")
     if chat and not all(isinstance(message, dict) for message in body["messages"]):
@@ -167,7 +171,9 @@ def _logprobs(body: JSONObject, *, chat: bool) -> int | None:
         return None
     if value > MOST_LOGPROBS:
         raise RefusedError(
-            f"Requested sample logprobs of {value}, which is greater than max allowed: {MOST_LOGPROBS}", "logprobs"
+            f"Requested sample logprobs of {value}, which is greater than max allowed: {MOST_LOGPROBS}",
+            "logprobs",
+            late=True,
         )
     return int(value)
 

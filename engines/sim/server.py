@@ -9,7 +9,7 @@ import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -22,12 +22,15 @@ from .. import openai
 from ..base import JSONObject, Role
 from . import tokens
 from .answers import DONE, Choice, Envelope, sse
+from .dialects import Dialect, as_chat, events
+from .dialects import answer as in_dialect
 from .faults import Faults, Kind
 from .kv import KVCache
 from .request import RefusedError, SchemaError, Wanted, for_choice, parse
 from .transfer import TransferError, pull
 
 REMEMBERED_REQUESTS = 64
+_MOONCAKE_KEYS = {"transfer_id", "remote_engine_id", "remote_bootstrap_addr"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,9 @@ class Settings:
     max_model_len: int
     load_failure_policy: str
     transfer_timeout_s: float
+    address: tuple[str, int]
+    ranks: int = 1
+    is_nixl: bool = False
 
 
 class Counters:
@@ -80,7 +86,7 @@ class SimNode:
 
     # -- routes
 
-    async def generate(self, request: Request, *, chat: bool) -> Response:
+    async def generate(self, request: Request, *, chat: bool, dialect: Dialect | None = None) -> Response:
         kind = self.faults.take()
         raw = await request.body()
         self._remember(request, raw)
@@ -93,27 +99,40 @@ class SimNode:
             return Response(status_code=499)
         try:
             body = orjson.loads(raw)
+            spoken = body if dialect is None else as_chat(dialect, body)
+            wanted = parse(spoken, chat=chat, model=self.settings.model, max_model_len=self.settings.max_model_len)
         except orjson.JSONDecodeError as exc:
             return _error(f"1 validation error:\n  JSON decode error: {exc}", "Bad Request", 400)
-        try:
-            wanted = parse(body, chat=chat, model=self.settings.model, max_model_len=self.settings.max_model_len)
         except SchemaError as exc:
             return _error(f"1 validation error:\n  {exc}", "Bad Request", 400)
         except RefusedError as exc:
+            if exc.late and body.get("stream"):
+                return _events([sse(openai.error_body(str(exc), "BadRequestError", exc.status, exc.param)), DONE])
             self._release(body.get("kv_transfer_params") or {})
             return _error(str(exc), "BadRequestError" if exc.status == 400 else "NotFoundError", exc.status, exc.param)
+        wanted = replace(wanted, rank=self._rank(request))
         self._die_of_the_wrong_role(wanted.kv)
-        return await self._answer(request, wanted, kind)
+        if kind == "finish-error":  # such a request holds no KV
+            wanted = replace(wanted, kv={})
+        if dialect is None:
+            return await self._answer(request, wanted, kind)
+        return _in_dialect(dialect, await self._answer(request, replace(wanted, stream=False), kind), wanted.stream)
 
     async def bootstrap_pull(self, request: Request) -> Response:
         """Stands in for the ZMQ side channel and the transfer engine."""
-        prompt = await self.kv.pull((await request.json())["transfer_id"])
+        wanted = await request.json()
+        prompt = await self.kv.pull(f"{wanted['engine_id']} {wanted['transfer_id']}")
         if prompt is None:
             return Response(status_code=404)
         return JSONResponse({"prompt_token_ids": prompt})
 
     def query(self) -> JSONObject:
-        return {"0": {"engine_id": self.engine_id, "worker_addr": {"0": {"0": "tcp://127.0.0.1:0"}}}}
+        worker = {"0": {"0": "tcp://127.0.0.1:0"}}
+        return {str(n): {"engine_id": self.engine_of(n), "worker_addr": worker} for n in range(self.settings.ranks)}
+
+    def engine_of(self, rank: int) -> str:
+        """VLLM adds the rank to the id when there are several."""
+        return self.engine_id if self.settings.ranks == 1 else f"{self.engine_id}_dp{rank}"
 
     def state(self) -> JSONObject:
         return {
@@ -155,6 +174,7 @@ class SimNode:
                 return Response(status_code=499)
             if kind == "finish-error":
                 body["choices"][0]["finish_reason"] = "error"
+            self._tell_where_kv_lies(wanted, body)
             return JSONResponse(body)
         except TransferError as exc:
             return _load_failed(wanted, exc)
@@ -179,15 +199,26 @@ class SimNode:
 
         What is generated goes on from what *came*: nothing checks that KV and prompt belong together.
         """
-        if not {"transfer_id", "remote_engine_id", "remote_bootstrap_addr"} <= wanted.kv.keys():
+        needed = {"remote_engine_id", "remote_host"} if self.settings.is_nixl else _MOONCAKE_KEYS
+        if not needed <= wanted.kv.keys():
             self.kv.leak(sum(map(len, wanted.prompts)))
             await asyncio.Event().wait()
         try:
+            self._lose_transfer_if_told()
             return tuple([await pull(self.client, wanted.kv, self.settings.transfer_timeout_s) for _ in wanted.prompts])
         except TransferError:
             if self.settings.load_failure_policy == "fail":
                 raise
             return None
+
+    def _lose_transfer_if_told(self) -> None:
+        if self.faults.lose_transfers:
+            raise TransferError("lost, as told")
+
+    def _rank(self, request: Request) -> int:
+        """The rank the request asks for; any, if it asks for none."""
+        asked = request.headers.get("x-data-parallel-rank", "")
+        return int(asked) if asked.isdigit() else len(self.received) % self.settings.ranks
 
     def _choices(self, wanted: Wanted, prompts: tuple[tuple[int, ...], ...]) -> list[Choice]:
         return [
@@ -200,16 +231,16 @@ class SimNode:
         """(text, ids) of each token; the choice's finish reason is set with the last."""
         sampling = for_choice(wanted.sampling, choice.index)
         for token, reason in tokens.generate(choice.prompt, sampling):
-            text = tokens.token_text(token)
+            shown = len(choice.text)
             choice.ids.append(token)
-            choice.text += text
+            choice.text += tokens.token_text(token)
             choice.finish_reason = reason
             if reason == "stop" and token in sampling.stop_token_ids:
                 choice.stop_reason = token
             self._cut_at_stop_string(wanted, choice)
-            yield text, [token]
+            yield choice.text[shown:], [token]
             if choice.finish_reason is not None:
-                self._finished(wanted, choice)
+                self._finished(wanted, choice, wanted.rank)
                 return
             await asyncio.sleep(self.faults.itl_s)
 
@@ -219,11 +250,25 @@ class SimNode:
                 choice.text = choice.text[: choice.text.index(stop)]
                 choice.finish_reason, choice.stop_reason = "stop", stop
 
-    def _finished(self, wanted: Wanted, choice: Choice) -> None:
+    def _finished(self, wanted: Wanted, choice: Choice, rank: int) -> None:
         """A producer keeps KV for a request that ended by length, and for no other."""
-        transfer_id = wanted.kv.get("transfer_id")
+        transfer_id = wanted.kv.get("transfer_id") or (wanted.own_id if self.settings.is_nixl else None)
         if wanted.kv.get("do_remote_decode") and transfer_id and choice.finish_reason == "length":
-            self.kv.hold(transfer_id, choice.prompt)
+            self.kv.hold(f"{self.engine_of(rank)} {transfer_id}", choice.prompt)
+
+    def _tell_where_kv_lies(self, wanted: Wanted, body: JSONObject) -> None:
+        """NixlConnector's prefill node answers what the decode node must be told; MooncakeConnector's does not."""
+        if self.settings.is_nixl and wanted.kv.get("do_remote_decode"):
+            host, port = self.settings.address
+            body["kv_transfer_params"] = {
+                "do_remote_prefill": True,
+                "do_remote_decode": False,
+                "remote_engine_id": self.engine_id,
+                "remote_block_ids": [[1, 2, 3]],
+                "remote_request_id": wanted.own_id,
+                "remote_host": host,
+                "remote_port": port,
+            }
 
     async def _whole(self, wanted: Wanted, choices: list[Choice], envelope: Envelope) -> JSONObject:
         for choice in choices:
@@ -240,7 +285,8 @@ class SimNode:
                 yield envelope.event(choice, "", [], first=True)
             async for text, ids in self._steps(wanted, choice):
                 await self._break_off(request, kind, sent)
-                yield envelope.event(choice, text, ids, first=not wanted.chat and len(choice.ids) == 1)
+                first = not wanted.chat and len(choice.ids) == 1
+                yield envelope.event(choice, choice.prefix + text if first else text, ids, first=first)
                 sent += 1
         if wanted.include_usage:
             yield envelope.usage_event(choices, self._cached(wanted))
@@ -274,7 +320,7 @@ class SimNode:
 
     def _release(self, kv: JSONObject) -> None:
         """A rejected decode pulls nothing and so frees the prefill node's KV."""
-        if kv.get("do_remote_prefill") and "remote_bootstrap_addr" in kv:
+        if kv.get("do_remote_prefill") and ("remote_bootstrap_addr" in kv or "remote_host" in kv):
             self._in_background(pull(self.client, kv, self.settings.transfer_timeout_s))
 
     def _spurious_pull(self, kv: JSONObject) -> None:
@@ -294,7 +340,7 @@ class SimNode:
         self.received.append({"path": request.url.path, "headers": dict(request.headers), "body": body})
 
 
-def make_app(node: SimNode) -> FastAPI:
+def make_app(node: SimNode) -> FastAPI:  # noqa: C901  a list of routes
     """The API server of a node."""
 
     @asynccontextmanager
@@ -346,6 +392,18 @@ def make_app(node: SimNode) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         return await node.generate(request, chat=True)
+
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        return await node.generate(request, chat=True, dialect="responses")
+
+    @app.post("/v1/messages")
+    async def messages(request: Request) -> Response:
+        return await node.generate(request, chat=True, dialect="messages")
+
+    @app.post("/sim/pull")
+    async def pull_kv(request: Request) -> Response:
+        return await node.bootstrap_pull(request)
 
     @app.get("/sim")
     async def state() -> JSONObject:
@@ -399,6 +457,13 @@ async def _closing(stream: AsyncIterator[bytes], stack: AsyncExitStack) -> Async
 async def _quiet(work: Any) -> None:
     with contextlib.suppress(TransferError):
         await work
+
+
+def _in_dialect(dialect: Dialect, answer: Response, stream: bool) -> Response:  # noqa: FBT001
+    if answer.status_code != 200:
+        return answer
+    whole = in_dialect(dialect, orjson.loads(answer.body))
+    return _events(list(events(dialect, whole))) if stream else JSONResponse(whole)
 
 
 def _load_failed(wanted: Wanted, exc: TransferError) -> Response:

@@ -1,5 +1,6 @@
 """A real vLLM prefill node and a real vLLM decode node with the Mooncake transfer engine, through the proxy."""
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -8,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from launcher.setup import EngineEnvironment, tiny_model_path
 from tests.launched import Up
 from tests.processes import ROOT, metric, wait_until
 
@@ -108,6 +110,48 @@ def test_a_client_that_leaves_in_the_middle_leaves_no_kv_behind(real_pair: Up) -
     next(iter(stream))
     stream.close()
     wait_until(lambda: kv_in_use(real_pair) == 0, "all KV to be free")
+
+
+BENCH = """
+import argparse
+from vllm.benchmarks.serve import add_cli_args, main
+parser = argparse.ArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+
+
+def test_vllms_own_load_generator_runs_clean(real_pair: Up) -> None:
+    """`vllm bench serve`, from the engine's environment."""
+    python = EngineEnvironment.of("cpu").python
+    flags = {"backend": "openai-chat", "endpoint": "/v1/chat/completions", "base-url": real_pair.url, "model": "tiny",
+             "tokenizer": str(tiny_model_path()), "dataset-name": "random", "random-input-len": "64",
+             "random-output-len": "8", "num-prompts": "12"}  # fmt: skip
+    command = [str(python), "-c", BENCH, *(part for flag, value in flags.items() for part in (f"--{flag}", value))]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=env)
+    assert result.returncode == 0, result.stderr[-2000:]
+    figures = dict(line.split(":") for line in result.stdout.splitlines() if line.count(":") == 1)
+    assert int(figures["Successful requests"]) == 12
+    assert int(figures["Failed requests"]) == 0
+    wait_until(lambda: kv_in_use(real_pair) == 0, "all KV to be free")
+
+
+def test_kv_that_a_refusal_left_behind_is_released(real_pair: Up) -> None:
+    """VLLM finds this error when a stream has begun, and does not tell the connector; the proxy's release does."""
+    done = metric(real_pair.url, "pd_releases_total", outcome="done")
+    answer = httpx.post(
+        f"{real_pair.url}/v1/completions", json={"model": "tiny", "prompt": PROMPT, "logprobs": 30}, timeout=60
+    )
+    assert answer.status_code == 400
+    wait_until(lambda: metric(real_pair.url, "pd_releases_total", outcome="done") == done + 1, "the release")
+    wait_until(lambda: kv_in_use(real_pair) == 0, "the prefill node's KV to be free", patience_s=30)
+
+
+def test_the_proxy_has_proof_that_kv_moves(real_pair: Up) -> None:
+    decode = next(n for n in httpx.get(f"{real_pair.url}/health").json()["nodes"] if n["role"] == "decode")
+    assert decode["kv"] == "moving"
+    assert metric(real_pair.url, "pd_kv_moving") == 1
 
 
 def test_the_curl_example_runs(real_pair: Up) -> None:

@@ -1,16 +1,18 @@
 """MooncakeConnector: hand-off, identity, configuration."""
 
+import json
 from typing import Any
 
 import pytest
 
-from engines import mooncake
-from engines.base import Role
+from engines import mooncake, mooncake_store, nixl
+from engines.base import PrefillRefusedError, Role
+from engines.connectors import CONNECTORS
 
 
 def test_both_legs_of_a_hand_off_agree() -> None:
     hand_off = mooncake.HandOff(engine_id="e", bootstrap="http://10.0.0.1:8998")
-    prefill, decode = hand_off.prefill_params(), hand_off.decode_params()
+    prefill, decode = hand_off.prefill_params(), hand_off.decode_params({})
     assert prefill["transfer_id"] == decode["transfer_id"]
     assert (prefill["do_remote_decode"], prefill["do_remote_prefill"]) == (True, False)
     assert (decode["do_remote_decode"], decode["do_remote_prefill"]) == (False, True)
@@ -57,3 +59,33 @@ def test_the_transfer_range_is_told_in_both_spellings() -> None:
     assert variables["MC_MIN_RPC_PORT"] == variables["MC_MIN_PRC_PORT"] == "20000"
     assert variables["MC_MAX_RPC_PORT"] == variables["MC_MAX_PRC_PORT"] == "20015"
     assert "VLLM_MOONCAKE_BOOTSTRAP_PORT" not in variables
+
+
+def test_a_mooncake_hand_off_needs_an_identity() -> None:
+    with pytest.raises(ValueError, match="bootstrap server and a rank"):
+        CONNECTORS["MooncakeConnector"].hand_off(None, None)
+
+
+def test_a_nixl_hand_off_is_what_the_prefill_node_answered() -> None:
+    told = {"remote_engine_id": "e", "remote_block_ids": [[1]], "remote_host": "h", "remote_port": 5600, "more": 1}
+    hand_off = nixl.HandOff()
+    assert hand_off.prefill_params()["do_remote_decode"] is True
+    assert hand_off.decode_params({"kv_transfer_params": told}) == told
+
+
+@pytest.mark.parametrize("params", [None, {}, [], {"remote_engine_id": "e"}, {"remote_engine_id": None}])
+def test_a_nixl_answer_without_coordinates_is_no_hand_off(params: Any) -> None:
+    with pytest.raises(PrefillRefusedError, match="where its KV lies"):
+        nixl.HandOff().decode_params({"kv_transfer_params": params})
+
+
+def test_through_a_store_nothing_is_said_and_nothing_pinned() -> None:
+    hand_off = CONNECTORS["MooncakeStoreConnector"].hand_off(None, None)
+    assert (hand_off.prefill_params(), hand_off.decode_params({}), hand_off.pins_kv) == (None, None, False)
+
+
+def test_the_stores_configuration_is_valid_json_with_every_field_the_engine_wants() -> None:
+    config = json.loads(mooncake_store.store_config("10.0.0.1", 8700, "tcp"))
+    assert config["master_server_address"] == "10.0.0.1:8700"
+    assert config["protocol"] == "tcp"
+    assert config["metadata_server"] == "P2PHANDSHAKE"

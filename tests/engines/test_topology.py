@@ -31,7 +31,6 @@ def test_a_url_is_cut_to_scheme_host_and_port() -> None:
         ({"url": "http://h:1/v1"}, "more than"),
         ({"url": "http://user@h:1"}, "more than"),
         ({"url": "file:///etc/passwd"}, "not of the form"),
-        ({"bootstrap": None}, "needs 'bootstrap'"),
         ({"role": "both"}, "prefill"),
         ({"nmae": "x"}, "not permitted"),
     ],
@@ -39,6 +38,13 @@ def test_a_url_is_cut_to_scheme_host_and_port() -> None:
 def test_a_node_that_cannot_be_reached_as_written_is_refused(change: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValidationError, match=complaint):
         Node.model_validate(PREFILL | change)
+
+
+def test_a_prefill_node_needs_a_bootstrap_where_its_connector_has_one() -> None:
+    nodes = [PREFILL | {"bootstrap": None}, DECODE]
+    with pytest.raises(ValidationError, match="'p' needs 'bootstrap'"):
+        Topology.model_validate({"nodes": nodes})
+    assert Topology.model_validate({"connector": "NixlConnector", "nodes": nodes}).nodes[0].bootstrap is None
 
 
 @pytest.mark.parametrize("same", ["name", "url"])

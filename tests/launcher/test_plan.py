@@ -164,3 +164,24 @@ def test_a_sockets_path_in_the_temporary_folder_fits_the_kernels_limit() -> None
 def test_what_cannot_be_carried_out_is_said_before_anything_starts(flags: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         plan(**flags)
+
+
+def test_with_a_store_its_master_is_started_first_and_every_node_is_told_of_it() -> None:
+    made = plan(connector="MooncakeStoreConnector")
+    (store,) = made.services
+    assert store.command[0] == "/cache/engine/bin/mooncake_master"
+    assert [(str(port), port.bind) for port in store.ports] == [("8700", "127.0.0.1"), ("8701", "0.0.0.0")]
+    assert made.processes[0] == store
+    assert json.loads(made.files["mooncake.json"])["master_server_address"] == "127.0.0.1:8700"
+    for node in made.nodes:
+        assert kv_config(node.command)["kv_connector"] == "CpuMooncakeStoreConnector"
+        assert node.environment["MOONCAKE_CONFIG_PATH"] == "/state/runs/now/mooncake.json"
+        assert node.environment["PYTHONHASHSEED"] == "0"
+        assert node.bootstrap is None
+    slices = [str(port) for node in made.nodes for port in node.ports if port.purpose == "store client"]
+    assert slices == ["19000-19031", "19032-19063"]
+    assert made.topology().connector == "MooncakeStoreConnector"
+
+
+def test_without_a_store_there_is_no_service_and_no_file() -> None:
+    assert (plan().services, plan().files) == ((), {})

@@ -38,6 +38,16 @@ def test_it_brings_up_the_nodes_proves_that_kv_moves_and_answers(tmp_path: Path)
         ]  # fmt: skip
 
 
+def test_flags_and_keys_for_the_proxy_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PD_PROXY_API_KEYS", "a-key,another")
+    with up(tmp_path, *SIM, "--proxy-args=--min-prefill-tokens", "--proxy-args=40") as run:
+        run.until("Ready:", PATIENCE_S)
+        assert httpx.post(f"{run.url}/v1/completions", json={"prompt": "hello"}).status_code == 401
+        key = {"Authorization": "Bearer a-key"}
+        answer = httpx.post(f"{run.url}/v1/completions", json={"prompt": "hello"}, headers=key)
+        assert answer.headers["x-pd-path"] == "aggregated; reason=short-prompt"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_takes_all_down_in_order_and_leaves_nothing(tmp_path: Path, number: int) -> None:
     shared = set(os.listdir("/dev/shm"))  # noqa: PTH208

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.base import Role
+from engines.base import Rank, Role
 from engines.topology import Node, Topology
 from proxy.errors import NoNodeError
 from proxy.pool import Pool
@@ -22,7 +22,7 @@ def topology(prefill: int, decode: int) -> Topology:
 def ready_pool(prefill: int = 2, decode: int = 3) -> Pool:
     pool = Pool(topology(prefill, decode))
     for node in pool:
-        node.ready({0: "e"}, ())
+        node.ready((Rank(0, "e"),), ())
     return pool
 
 
@@ -37,14 +37,14 @@ def test_a_node_that_failed_is_passed_over_until_it_is_ready_again() -> None:
     failed = pool.of(Role.DECODE)[1]
     failed.failed("broken")
     assert {pool.choose(Role.DECODE).spec.name for _ in range(6)} == {"d0", "d2"}
-    failed.ready({}, ())
+    failed.ready((), ())
     assert {pool.choose(Role.DECODE).spec.name for _ in range(6)} == {"d0", "d1", "d2"}
 
 
 def test_a_failure_forgets_the_identity() -> None:
     node = ready_pool().of(Role.PREFILL)[0]
     node.failed("broken")
-    assert node.engine_ids == {}
+    assert node.ranks == ()
 
 
 def test_without_a_usable_node_the_error_says_why_of_each() -> None:
@@ -89,6 +89,21 @@ def test_a_node_that_stays_in_the_topology_keeps_its_state() -> None:
 
 def test_a_model_is_listed_when_a_node_of_each_role_serves_it() -> None:
     pool = ready_pool(1, 1)
-    pool.of(Role.PREFILL)[0].ready({0: "e"}, ({"id": "both"}, {"id": "only-prefill"}))
-    pool.of(Role.DECODE)[0].ready({}, ({"id": "both"}, {"id": "only-decode"}))
+    pool.of(Role.PREFILL)[0].ready((Rank(0, "e"),), ({"id": "both"}, {"id": "only-prefill"}))
+    pool.of(Role.DECODE)[0].ready((), ({"id": "both"}, {"id": "only-decode"}))
     assert pool.models() == [{"id": "both"}]
+
+
+def test_the_ranks_of_a_data_parallel_node_take_turns() -> None:
+    node = ready_pool().of(Role.PREFILL)[0]
+    node.ready((Rank(0, "a"), Rank(1, "b")), ())
+    turns = [node.next_rank() for _ in range(4)]
+    assert {rank.number for rank in turns if rank} == {0, 1}
+    assert turns[0] == turns[2] != turns[1] == turns[3]
+
+
+def test_a_node_without_an_identity_has_no_rank() -> None:
+    assert ready_pool().of(Role.DECODE)[0].next_rank() is not None
+    node = ready_pool().of(Role.DECODE)[0]
+    node.ready((), ())
+    assert node.next_rank() is None

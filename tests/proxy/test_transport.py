@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import pairwise
 
 import pytest
@@ -21,14 +21,27 @@ CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n6
 @asynccontextmanager
 async def server(handler: Handler) -> AsyncIterator[NodeClient]:
     """A client of a server that does what `handler` does with each connection."""
-    listener = await asyncio.start_server(handler, "127.0.0.1", 0)
-    port = listener.sockets[0].getsockname()[1]
-    client = NodeClient("node-0", f"http://127.0.0.1:{port}", connect_timeout_s=5)
+    handling: set[asyncio.Task[None] | None] = set()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        handling.add(asyncio.current_task())
+        try:
+            await handler(reader, writer)
+        finally:
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+
+    listener = await asyncio.start_server(handle, "127.0.0.1", 0)
+    client = NodeClient("node-0", f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}", connect_timeout_s=5)
     try:
         yield client
     finally:
         client.close()
         listener.close()
+        await asyncio.wait_for(asyncio.gather(*filter(None, handling), return_exceptions=True), 30)
+        while client.open_connections:
+            await asyncio.sleep(0)
 
 
 def answering(*pieces: bytes, close: bool = False) -> Handler:
@@ -65,7 +78,7 @@ async def ask(client: NodeClient, body: bytes = b"{}") -> Answer:
 
 async def ask_whole(client: NodeClient) -> tuple[int, bytes]:
     answer = await ask(client)
-    return answer.status, await asyncio.wait_for(answer.body(), 30)
+    return answer.status, await asyncio.wait_for(answer.load(), 30)
 
 
 def run(handler: Handler, times: int = 1) -> list[tuple[int, bytes]]:

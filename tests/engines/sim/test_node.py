@@ -233,7 +233,9 @@ def test_twenty_pulls_for_ids_that_never_come_stop_a_node_from_sending_to_anybod
 
 def _pull(prefill: Sim, transfer_id: str) -> None:
     with suppress(httpx.HTTPError):
-        httpx.post(f"{prefill.bootstrap}/sim/pull", json={"transfer_id": transfer_id}, timeout=PATIENCE_S)
+        httpx.post(
+            f"{prefill.bootstrap}/sim/pull", json={"transfer_id": transfer_id, "engine_id": "e"}, timeout=PATIENCE_S
+        )
 
 
 def test_the_command_line_help_names_its_flags() -> None:
@@ -241,3 +243,36 @@ def test_the_command_line_help_names_its_flags() -> None:
         [sys.executable, "-P", "-m", "engines.sim", "--help"], capture_output=True, text=True, check=True
     )
     assert "--kv-transfer-config" in shown.stdout
+
+
+def test_a_refusal_that_the_engine_itself_makes_comes_inside_a_stream(nodes: tuple[Sim, Sim]) -> None:
+    """... and frees nothing, as seen on a live pair."""
+    prefill, decode = nodes
+    prefill_leg(prefill, "t")
+    refused = ask(decode, stream=True, logprobs=30, kv_transfer_params=decode_params(prefill, "t"))
+    assert refused.status_code == 200
+    assert events(refused)[0]["error"]["code"] == 400
+    assert prefill.kv_usage() > 0
+
+
+def test_each_rank_holds_its_own_kv() -> None:
+    with sim_node("prefill", flags=["--data-parallel-size", "2"]) as prefill, sim_node("decode") as decode:
+        query = httpx.get(f"{prefill.bootstrap}/query").json()
+        assert sorted(query) == ["0", "1"]
+        params = {"do_remote_decode": True, "transfer_id": "t"}
+        body = {"prompt": PROMPT, "max_tokens": 1, "min_tokens": 1, "kv_transfer_params": params}
+        httpx.post(f"{prefill.url}/v1/completions", json=body, headers={"X-data-parallel-rank": "1"})
+        wrong = decode_params(prefill, "t", remote_engine_id=query["0"]["engine_id"])
+        with pytest.raises(httpx.ReadTimeout):
+            ask(decode, timeout=1, kv_transfer_params=wrong)
+        right = decode_params(prefill, "t", remote_engine_id=query["1"]["engine_id"])
+        assert ask(decode, kv_transfer_params=right).is_success
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/responses", {"input": "hello", "max_output_tokens": 4}),
+                                            ("/v1/messages", {"messages": [{"role": "user", "content": "hello"}],
+                                                              "max_tokens": 4})])  # fmt: skip
+def test_responses_and_messages_end_by_their_own_word_for_length(decode: Sim, path: str, body: Any) -> None:
+    answer = httpx.post(f"{decode.url}{path}", json=body | {"temperature": 0}).json()
+    assert answer.get("stop_reason") == "max_tokens" or answer["incomplete_details"]["reason"] == "max_output_tokens"
+    assert httpx.post(f"{decode.url}{path}", json={"model": "tiny"}).status_code == 400

@@ -1,0 +1,16 @@
+"""The connectors by the name vLLM has for them."""
+
+from typing import Literal
+
+from .base import Connector
+from .mooncake import MooncakeConnector
+from .mooncake_store import MooncakeStoreConnector
+from .nixl import NixlConnector
+
+ConnectorName = Literal["MooncakeConnector", "MooncakeStoreConnector", "NixlConnector"]
+
+CONNECTORS: dict[ConnectorName, Connector] = {
+    "MooncakeConnector": MooncakeConnector(),
+    "MooncakeStoreConnector": MooncakeStoreConnector(),
+    "NixlConnector": NixlConnector(),
+}

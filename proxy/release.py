@@ -1,0 +1,74 @@
+"""Giving back a hand-off that will not be used: the prefill node would keep its KV until the transfer timeout.
+
+There is no call for it. What frees it is a decode node's refusal: vLLM pulls nothing for a request that it refuses,
+and the prefill node lets go. So a request made to be refused is sent to a decode node (`openai.release_body`).
+"""
+
+import asyncio
+import logging
+
+import orjson
+
+from engines import openai
+from engines.base import JSONObject, Role
+from engines.routes import COMPLETIONS
+
+from .background import Background
+from .errors import NodeError, ProxyError
+from .metrics import Metrics
+from .pool import Pool
+from .transport import Headers, NodeClients
+
+logger = logging.getLogger("pd_proxy.release")
+
+MOST_AT_ONCE = 256
+_TRIES = 5
+_BETWEEN_TRIES_S = 1.0
+
+
+class Releaser:
+    """Bounded and counted; what is over the bound expires by itself."""
+
+    def __init__(self, pool: Pool, clients: NodeClients, metrics: Metrics, headers: Headers) -> None:
+        self._pool = pool
+        self._clients = clients
+        self._metrics = metrics
+        self._headers = headers
+        self._background = Background(MOST_AT_ONCE)
+
+    def release(self, body: JSONObject, transfer_params: JSONObject) -> None:
+        """Give back, soon, what a decode leg with these parameters would have fetched. `body` is the client's."""
+        if self._background.is_full:
+            self._metrics.releases.labels("skipped").inc()
+        else:
+            self._background.start(self._send(openai.release_body(body, transfer_params)), "release of a hand-off")
+
+    async def close(self) -> None:
+        await self._background.close()
+
+    async def _send(self, body: JSONObject) -> None:
+        """A node that has just failed is often the only one: a few tries, well within the transfer timeout."""
+        outcome, problem = "failed", ""
+        try:
+            for _ in range(_TRIES):
+                try:
+                    await self._be_refused(body)
+                except ProxyError as exc:
+                    problem = str(exc)
+                    await asyncio.sleep(_BETWEEN_TRIES_S)
+                else:
+                    outcome = "done"
+                    return
+            logger.warning("a hand-off was not released: %s", problem)
+        finally:
+            self._metrics.releases.labels(outcome).inc()
+
+    async def _be_refused(self, body: JSONObject) -> None:
+        """Raises ProxyError when there is no decode node, or it does not refuse."""
+        node = self._pool.choose(Role.DECODE)
+        with node.lease():
+            client = self._clients.of(node)
+            answer = await client.request(b"POST", COMPLETIONS.path.encode(), self._headers, orjson.dumps(body))
+            raw = await answer.load()
+        if answer.status not in (400, 404):
+            raise NodeError(f"node {node.spec.name} did not refuse: {answer.status} {raw[:200]!r}")

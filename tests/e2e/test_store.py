@@ -1,0 +1,55 @@
+"""A real pair that hands KV over through mooncake_master's shared store."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import START_PATIENCE_S
+from tests.launched import Up, up
+from tests.processes import free_range, metric, wait_until
+
+pytestmark = pytest.mark.timeout(1200)
+
+BLOCK_TOKENS = 128
+LONG = "Prefill saves the KV cache of a prompt to the store, and decode finds it by its content. " * 12
+
+
+@pytest.fixture(scope="module")
+def store_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    flags = ["--model", "tiny", "--connector", "MooncakeStoreConnector", "--store-ports", free_range(2),
+             "--store-client-ports", free_range(64)]  # fmt: skip
+    with up(tmp_path_factory.mktemp("store"), *flags) as run:
+        run.until("Ready:", START_PATIENCE_S)
+        yield run
+        assert run.end() == 0
+    assert "Killed what was left" not in run.output
+
+
+def complete(url: str, prompt: str) -> Any:
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 16, "temperature": 0}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_long_prompts_come_out_of_the_store_and_the_answer_is_the_prefill_nodes_own(store_pair: Up) -> None:
+    decode, prefill = store_pair.nodes("decode")[0], store_pair.nodes("prefill")[0]
+
+    def moved() -> float:
+        return metric(decode, "vllm:prompt_tokens_by_source_total", source="external_kv_transfer")
+
+    before = moved()
+    for number in range(4):  # saving is asynchronous: a prompt or two may come too early
+        prompt = f"{number} {LONG}"
+        answer = complete(store_pair.url, prompt)
+        assert answer["choices"][0]["text"] == complete(prefill, prompt)["choices"][0]["text"]
+    wait_until(lambda: moved() >= before + BLOCK_TOKENS, "blocks from the store")
+
+
+def test_the_run_has_the_stores_log_and_configuration(store_pair: Up) -> None:
+    names = {path.name for path in Path(store_pair.run_dir).iterdir()}
+    assert {"store.log", "mooncake.json"} <= names
+    assert "KV moved" in store_pair.output
