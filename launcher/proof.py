@@ -23,7 +23,12 @@ _ANSWER_TOKENS = 32
 _STORED_LENGTH = 24
 """Times the question for a store, which takes whole blocks only (128 tokens on a CPU)."""
 _STORE_TRIES = 5
+_LONGER_TRIES = 6
 _COUNTED_WITHIN_S = 15.0
+
+
+class _TooShortError(Exception):
+    """The proxy had a decode node answer the question alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,9 @@ async def prove(plan: Plan, show: Callable[[str], None]) -> Proof:
         before = await _transferred(client, plan)
         prompt_tokens = 0
         for number in range(rounds):
-            prompt_tokens += await _ask(client, plan, QUESTION.format(number + 1), show if number == 0 else _ignore)
+            prompt_tokens += await _ask_a_pair(
+                client, plan, QUESTION.format(number + 1), show if number == 0 else _ignore
+            )
         moved = await _counted(client, plan, before, prompt_tokens)
     if moved < prompt_tokens and plan.connector != "MooncakeStoreConnector":
         raise KVNotMovedError(
@@ -73,6 +80,16 @@ async def _prove_store(plan: Plan, show: Callable[[str], None]) -> Proof:
     )
 
 
+async def _ask_a_pair(client: httpx.AsyncClient, plan: Plan, question: str, show: Callable[[str], None]) -> int:
+    """Make the question as long as the proxy wants a prompt to be before it hands it over (`--min-prefill-tokens`)."""
+    for _ in range(_LONGER_TRIES):
+        try:
+            return await _ask(client, plan, question, show)
+        except _TooShortError:
+            question = f"{question} {question} {question} {question}"
+    raise KVNotMovedError("the proxy hands over no prompt, however long", f"Its flags are in {plan.run_dir}")
+
+
 async def _ask(client: httpx.AsyncClient, plan: Plan, question: str, show: Callable[[str], None]) -> int:
     """The prompt's tokens, as the answer's usage gives them."""
     body = {
@@ -87,6 +104,8 @@ async def _ask(client: httpx.AsyncClient, plan: Plan, question: str, show: Calla
         if answer.status_code != httpx.codes.OK:
             text = (await answer.aread()).decode("utf-8", "replace")
             raise LauncherError(f"the first request failed with {answer.status_code}: {text}", f"Logs: {plan.run_dir}")
+        if "short-prompt" in answer.headers.get("x-pd-path", ""):
+            raise _TooShortError
         async for line in answer.aiter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue

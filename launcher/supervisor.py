@@ -104,8 +104,10 @@ class Supervisor:
         console.print()
         console.print(f"[bold]asked[/]     {proof.QUESTION.format(1)}", highlight=False, soft_wrap=True)
         console.print("[bold]answered[/]  ", end="")
-        result = await proof.prove(self._plan, lambda text: console.out(text, end="", highlight=False))
-        console.print()
+        try:
+            result = await proof.prove(self._plan, lambda text: console.out(text, end="", highlight=False))
+        finally:
+            console.print()
         console.print(
             f"[bold]KV moved[/]  {result.transferred} of {result.prompt_tokens} prompt tokens went from prefill to "
             "decode (counted by the decode node)",

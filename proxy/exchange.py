@@ -10,7 +10,7 @@ account  leases back, hand-off used or released, metrics
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -40,6 +40,7 @@ from .transport import Answer, Headers, NodeClients
 _ERROR_EVENT = b'data: {"error"'
 _PASSED_TO_CLIENT = (b"content-type", b"retry-after")
 _JSON = (b"content-type", b"application/json")
+_MOMENT_S = 0.25
 
 Path = Literal["none", "disaggregated", "aggregated"]
 
@@ -133,7 +134,31 @@ class Exchange:
     # -- prefill
 
     async def _prefill(self, node: Node, route: Route, hand_off: HandOff, rank: Rank | None) -> Answer:
-        """The node's answer, read whole."""
+        """The node's answer, read whole.
+
+        Of a client that leaves just when the prefill ends nobody would know that KV is held; so its leg is seen off.
+        """
+        leg = self.plane.background.start(self._prefill_leg(node, route, hand_off, rank), "prefill leg")
+        try:
+            return await asyncio.shield(leg)
+        except asyncio.CancelledError:
+            self.plane.background.start(self._see_off(leg, route, hand_off), "abandoned prefill leg")
+            raise
+
+    async def _see_off(self, leg: "asyncio.Task[Answer]", route: Route, hand_off: HandOff) -> None:
+        """Give an abandoned prefill a moment to end, and its KV back; else cut it off, which frees what it has."""
+        await asyncio.wait({leg}, timeout=_MOMENT_S)
+        if not leg.done():
+            leg.cancel()
+            return
+        with suppress(ProxyError, PrefillRefusedError):
+            answer = leg.result()
+            if answer.status == 200:
+                params = hand_off.decode_params(openai.prefilled(route, await answer.load()).answer)
+                self._pinned = params if hand_off.pins_kv else None
+                self._give_back()
+
+    async def _prefill_leg(self, node: Node, route: Route, hand_off: HandOff, rank: Rank | None) -> Answer:
         started = time.perf_counter()
         headers = self.request.headers
         if rank is not None and len(node.ranks) > 1:

@@ -16,8 +16,10 @@ START_PATIENCE_S = 900
 @pytest.fixture(scope="session")
 def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """`pd-launch up` with the example's configuration. Its end is part of the test: nothing may be left."""
+    # A transfer timeout longer than any test's patience: what is free again was released, and did not expire.
+    flags = ["--config", str(ROOT / "examples" / "cpu-1p1d.yaml"), "--transfer-timeout-s", "600"]
     shared_before = set(os.listdir("/dev/shm"))  # noqa: PTH208
-    with up(tmp_path_factory.mktemp("real"), "--config", str(ROOT / "examples" / "cpu-1p1d.yaml")) as run:
+    with up(tmp_path_factory.mktemp("real"), *flags) as run:
         run.until("Ready:", START_PATIENCE_S)
         children = run.descendants()
         yield run

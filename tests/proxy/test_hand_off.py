@@ -54,6 +54,15 @@ def test_what_the_decode_nodes_serving_layer_refuses_is_not_released_twice(prefi
     assert ask(proxy.url).is_success
 
 
+def test_a_client_that_leaves_just_when_the_prefill_ends_leaves_no_kv_behind(prefill: Sim, proxy: Proxy) -> None:
+    done = proxy.metric("pd_releases_total", outcome="done")
+    prefill.control(ttft_s=0.6)
+    with pytest.raises(httpx.ReadTimeout):
+        ask(proxy.url, timeout=0.5)
+    wait_until(lambda: proxy.metric("pd_releases_total", outcome="done") == done + 1, "the release")
+    assert prefill.kv_usage() == 0
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_refusal_inside_a_stream_is_a_refusal_and_its_hand_off_is_released(
     prefill: Sim, proxy: Proxy, stream: bool
