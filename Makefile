@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-quick lint format engine clean
+.PHONY: demo test test-quick bench lint format engine clean
 
 demo: engine
 	@$(BIN)/pd-launch up --model tiny
@@ -15,6 +15,10 @@ test: engine
 # Without real engines: seconds instead of minutes.
 test-quick: .venv/installed
 	@$(BIN)/pytest --ignore tests/e2e
+
+# CPU of the proxy, side by side with its peers: make bench ROUTER=path/to/vllm-router
+bench: .venv/installed
+	@$(BIN)/python -m tests.bench $(if $(ROUTER),--router $(ROUTER)) $(BENCH_FLAGS)
 
 lint: .venv/installed
 	@$(BIN)/ruff format --check .

@@ -22,6 +22,8 @@ class Rank:
 
     number: int
     engine_id: str
+    of: int = 1
+    """How many ranks the node has."""
 
 
 class PrefillRefusedError(ValueError):

@@ -4,8 +4,8 @@ import asyncio
 import logging
 import re
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
@@ -14,7 +14,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engines import openai
 from engines.base import JSONObject, Role
@@ -87,7 +87,19 @@ class Parts:
         return work
 
 
-def make_app(settings: ProxySettings) -> FastAPI:
+class ProxyApp(FastAPI):
+    """FastAPI, but for the routes that every token passes: those are answered before its machinery is entered."""
+
+    direct: Mapping[str, ASGIApp]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self.direct:
+            await self.direct[scope["path"]](scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def make_app(settings: ProxySettings) -> ProxyApp:
     """The proxy's ASGI application. The nodes of a topology file are read here: raises TopologyError."""
     nodes = topology.read(settings.topology_file) if settings.topology_file else settings.topology
     parts = Parts(settings, nodes)
@@ -97,12 +109,14 @@ def make_app(settings: ProxySettings) -> FastAPI:
         async with parts.running():
             yield
 
-    app = FastAPI(title="pd-proxy", lifespan=lifespan)
+    app = ProxyApp(title="pd-proxy", lifespan=lifespan)
     app.add_exception_handler(HTTPException, _http_error)
+    generation: ASGIApp = _Generation(parts)
     if settings.api_keys:
         app.add_middleware(KeyCheck, keys=settings.api_keys)
-    generation = _Generation(parts)
-    for path in (*HANDED_OFF, *PASSED_ON):
+        generation = KeyCheck(generation, settings.api_keys)
+    app.direct = dict.fromkeys((*HANDED_OFF, *PASSED_ON), generation)
+    for path in app.direct:  # their other methods are FastAPI's to refuse
         app.router.routes.append(Route(path, generation, methods=["POST"]))
     _add_information_routes(app, parts)
     app.openapi = lambda: _with_generation_routes(app)  # type: ignore[method-assign]
@@ -210,23 +224,16 @@ class _Generation:
 
 async def _while_connected(client: ClientConnection, current: Exchange) -> None:
     """Run the exchange; stop it, and with it both legs, when the client leaves. Raises ClientGoneError then."""
-    work = asyncio.ensure_future(current.run())
-    gone = asyncio.ensure_future(client.gone())
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101  uvicorn runs every request in one
     try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ClientGoneError
-        work.result()
-    finally:
-        gone.cancel()
-        await _stopped(work)
-
-
-async def _stopped(work: "asyncio.Future[None]") -> None:
-    if not work.done():
-        work.cancel()
-        with suppress(asyncio.CancelledError, ProxyError):
-            await work
+        with client.cancelled_when_gone(task):
+            await current.run()
+    except asyncio.CancelledError:
+        if not client.is_gone:
+            raise
+        task.uncancel()
+        raise ClientGoneError from None
 
 
 async def _tell(client: ClientConnection, error: ProxyError, request_id: str) -> None:

@@ -40,7 +40,7 @@ from .transport import Answer, Headers, NodeClients
 _ERROR_EVENT = b'data: {"error"'
 _PASSED_TO_CLIENT = (b"content-type", b"retry-after")
 _JSON = (b"content-type", b"application/json")
-_MOMENT_S = 0.25
+_SEE_OFF_S = 5.0
 
 Path = Literal["none", "disaggregated", "aggregated"]
 
@@ -51,6 +51,8 @@ class Client(Protocol):
     async def start(self, status: int, headers: Headers) -> None: ...
 
     async def write(self, chunk: bytes) -> None: ...
+
+    async def relay(self, answer: Answer, silence_s: float) -> None: ...
 
     async def finish(self) -> None: ...
 
@@ -136,7 +138,9 @@ class Exchange:
     async def _prefill(self, node: Node, route: Route, hand_off: HandOff, rank: Rank | None) -> Answer:
         """The node's answer, read whole.
 
-        Of a client that leaves just when the prefill ends nobody would know that KV is held; so its leg is seen off.
+        Of a client that leaves while its prefill is running nobody would know that KV is held afterwards: vLLM cannot
+        interrupt a step, and the step that makes the one token ends the request by length before it hears of the
+        abort. So such a leg is seen off, not cut off.
         """
         leg = self.plane.background.start(self._prefill_leg(node, route, hand_off, rank), "prefill leg")
         try:
@@ -146,8 +150,10 @@ class Exchange:
             raise
 
     async def _see_off(self, leg: "asyncio.Task[Answer]", route: Route, hand_off: HandOff) -> None:
-        """Give an abandoned prefill a moment to end, and its KV back; else cut it off, which frees what it has."""
-        await asyncio.wait({leg}, timeout=_MOMENT_S)
+        """Let an abandoned prefill end, and give its KV back. One that has not ended by then waits in the node's queue,
+        or is long: there an abort comes in time, most likely, and spares the node the work.
+        """
+        await asyncio.wait({leg}, timeout=_SEE_OFF_S)
         if not leg.done():
             leg.cancel()
             return
@@ -161,7 +167,7 @@ class Exchange:
     async def _prefill_leg(self, node: Node, route: Route, hand_off: HandOff, rank: Rank | None) -> Answer:
         started = time.perf_counter()
         headers = self.request.headers
-        if rank is not None and len(node.ranks) > 1:
+        if rank is not None and rank.of > 1:
             headers = [*headers, (b"x-data-parallel-rank", str(rank.number).encode())]
         body = openai.prefill_body(route, self.request.body, hand_off.prefill_params())
         async with _deadline(self.plane.settings.prefill_timeout_s, f"prefill node {node.spec.name} did not finish"):
@@ -238,16 +244,18 @@ class Exchange:
         Raises NodeError when a stream begins with an error: vLLM has already said 200 to it.
         """
         limit_s, late = self.plane.settings.decode_start_timeout_s, f"decode node {node.spec.name} did not answer"
-        async with _deadline(limit_s, late):
-            answer = await self._hand_over(node, body)
-            first = await answer.chunk()
+        answer: Answer | None = None
         try:
+            async with _deadline(limit_s, late):
+                answer = await self._hand_over(node, body)
+                first = await answer.chunk()
             if answer.status == 200 and first.startswith(_ERROR_EVENT):
                 raise self._failure_in(first, node)
             self.plane.metrics.first_event_seconds.observe(time.perf_counter() - self.started)
             yield answer, first
         finally:
-            answer.close()
+            if answer is not None:
+                answer.close()
 
     async def _hand_over(self, node: Node, body: JSONObject) -> Answer:
         """Send the decode leg. The hand-off is given back when no node has taken it.
@@ -295,9 +303,13 @@ class Exchange:
 
     async def _relay(self, node: Node, answer: Answer, first: bytes) -> None:
         await self._start(answer.status, answer.headers)
-        async for chunk in self._chunks(node, answer, first):
-            await self.client.write(chunk)
-        await self.client.finish()
+        if first:
+            await self.client.write(first)
+        silence_s = self.plane.settings.decode_silence_timeout_s
+        try:
+            await self.client.relay(answer, silence_s)
+        except TimeoutError as exc:
+            raise NodeTimeoutError(f"decode node {node.spec.name} fell silent for {silence_s:g} s") from exc
 
     async def _chunks(self, node: Node, answer: Answer, first: bytes) -> AsyncIterator[bytes]:
         chunk = first

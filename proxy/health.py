@@ -60,7 +60,7 @@ class Prober:
         ids = mooncake.engine_ids((await self._get(f"{node.spec.bootstrap}/query", {})).json())
         if not ids:
             raise _ProbeError("its bootstrap server knows no worker yet")
-        return tuple(Rank(number, engine_id) for number, engine_id in sorted(ids.items()))
+        return tuple(Rank(number, engine_id, len(ids)) for number, engine_id in sorted(ids.items()))
 
     async def _get(self, url: str, headers: dict[str, str] | None = None) -> httpx.Response:
         """`headers`: those for a node, its key among them, unless others are given."""

@@ -174,6 +174,26 @@ class Answer:
         self._loaded = b"".join(chunks)
         return self._loaded
 
+    async def pipe(self, write: Callable[[bytes], None], silence_s: float) -> None:
+        """Give all that is left to `write`, as it comes and without waking a task for it.
+
+        Raises NodeBrokeOffError, or TimeoutError when nothing comes for `silence_s` (at most twice that).
+        """
+        if self._loaded:
+            write(self._loaded)
+            self._loaded = b""
+        if self._connection is not None:
+            await self._connection.pipe(write, silence_s)
+            self._connection = None
+
+    def pause(self) -> None:
+        if self._connection is not None:
+            self._connection.pause()
+
+    def resume(self) -> None:
+        if self._connection is not None:
+            self._connection.resume()
+
     async def _read(self) -> bytes:
         if self._connection is None:
             return b""
@@ -217,6 +237,9 @@ class _Connection(asyncio.Protocol):
         self._error: Exception | None = None
         self._chunks: deque[bytes] = deque()
         self._buffered = 0
+        self._sink: Callable[[bytes], None] | None = None
+        self._heard = False
+        self._timer: asyncio.TimerHandle | None = None
 
     # -- what NodeClient and Answer call
 
@@ -250,10 +273,36 @@ class _Connection(asyncio.Protocol):
         data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
         self._buffered = 0
-        if not self._reading and self._transport is not None:
+        self.resume()
+        return data
+
+    async def pipe(self, write: Callable[[bytes], None], silence_s: float) -> None:
+        for chunk in self._chunks:
+            write(chunk)
+        self._chunks.clear()
+        self._buffered = 0
+        self._heard, self._sink = True, write
+        self._listen(silence_s)
+        try:
+            while not self._complete and self._error is None:
+                await self._something_new()
+        finally:
+            self._sink = None
+            if self._timer is not None:
+                self._timer.cancel()
+        if not self._complete and self._error is not None:
+            raise self._error
+        self._finish()
+
+    def pause(self) -> None:
+        if self._reading and self._transport is not None and not self._transport.is_closing():
+            self._reading = False
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        if not self._reading and self._transport is not None and not self._transport.is_closing():
             self._reading = True
             self._transport.resume_reading()
-        return data
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -277,9 +326,11 @@ class _Connection(asyncio.Protocol):
             self._fail(NodeError(f"node {self._client.name} wants to switch protocols"))
         except (httptools.HttpParserError, httptools.HttpParserCallbackError) as exc:
             self._fail(self._not_http(exc))
-        if self._buffered > _HIGH_WATER and self._reading and self._transport is not None:
-            self._reading = False
-            self._transport.pause_reading()
+        if self._sink is not None and not self._complete and self._error is None:
+            self._heard = True
+            return
+        if self._buffered > _HIGH_WATER:
+            self.pause()
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -319,6 +370,9 @@ class _Connection(asyncio.Protocol):
         self._keep_alive = self._parser.should_keep_alive()  # the parser forgets with the end of the message
 
     def on_body(self, data: bytes) -> None:
+        if self._sink is not None:
+            self._sink(data)
+            return
         self._chunks.append(data)
         self._buffered += len(data)
 
@@ -327,6 +381,15 @@ class _Connection(asyncio.Protocol):
             self._complete = True
 
     # -- inside
+
+    def _listen(self, silence_s: float) -> None:
+        """Has anything come since the last time? A paused reader makes its node wait, which is no silence."""
+        if not self._heard and self._reading:
+            self._fail(TimeoutError(f"nothing in {silence_s:g} s"))
+            self._wake()
+            return
+        self._heard = False
+        self._timer = asyncio.get_running_loop().call_later(silence_s, self._listen, silence_s)
 
     async def _something_new(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()

@@ -76,6 +76,8 @@ class SimNode:
     stop_listening: Callable[[float], None]
     engine_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     faults: Faults = field(default_factory=Faults)
+    chunks: int = 0
+    """Sent in all streams so far."""
     received: deque[JSONObject] = field(default_factory=lambda: deque(maxlen=REMEMBERED_REQUESTS))
 
     def __post_init__(self) -> None:
@@ -140,6 +142,7 @@ class SimNode:
             "held": sorted(self.kv.held),
             "expired": self.kv.expired,
             "waiting_pulls": self.kv.waiting_pulls,
+            "chunks": self.chunks,
             "leaked_blocks": self.kv.leaked_blocks,
             "faults": self.faults.model_dump(),
             "received": list(self.received),
@@ -288,6 +291,7 @@ class SimNode:
                 first = not wanted.chat and len(choice.ids) == 1
                 yield envelope.event(choice, choice.prefix + text if first else text, ids, first=first)
                 sent += 1
+                self.chunks += 1
         if wanted.include_usage:
             yield envelope.usage_event(choices, self._cached(wanted))
         yield DONE
