@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-quick bench lint format engine clean
+.PHONY: demo test test-quick soak bench lint format engine clean
 
 demo: engine
 	@$(BIN)/pd-launch up --model tiny
@@ -12,13 +12,20 @@ demo: engine
 test: engine
 	@$(BIN)/pytest
 
+# Half an hour of mixed load with random faults, on simulated nodes: make soak SOAK_S=1800
+SOAK_S ?= 1800
+soak: .venv/installed
+	@SOAK_S=$(SOAK_S) $(BIN)/pytest -s tests/proxy/test_soak.py
+
 # Without real engines: seconds instead of minutes.
 test-quick: .venv/installed
 	@$(BIN)/pytest --ignore tests/e2e
 
-# CPU of the proxy, side by side with its peers: make bench ROUTER=path/to/vllm-router
+# What the proxy costs, side by side with its peers, which get an environment of their own in the user's cache folder.
+BENCH_FLAGS ?= --install --chart bench.png
 bench: .venv/installed
-	@$(BIN)/python -m tests.bench $(if $(ROUTER),--router $(ROUTER)) $(BENCH_FLAGS)
+	@$(BIN)/pip install -q '.[bench]'
+	@$(BIN)/python -m tests.bench $(BENCH_FLAGS)
 
 lint: .venv/installed
 	@$(BIN)/ruff format --check .

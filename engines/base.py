@@ -1,5 +1,7 @@
 """The words every other module uses."""
 
+import itertools
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -54,6 +56,15 @@ class Connector(Protocol):
     """A decode node may find only part of a prompt's KV, or none, without anything being wrong."""
 
     def hand_off(self, bootstrap: str | None, rank: Rank | None) -> HandOff: ...
+
+
+_PROCESS = secrets.token_hex(10)
+_NUMBERS = itertools.count(1)
+
+
+def new_id() -> str:
+    """32 hexadecimal digits, used by nobody else: this process's own random ones, and a number."""
+    return f"{_PROCESS}{next(_NUMBERS):012x}"
 
 
 def foreign_owners(distributions: Mapping[str, list[str]]) -> dict[str, str]:

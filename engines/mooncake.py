@@ -5,12 +5,11 @@ the decode node whom to ask (`remote_engine_id`, found at the prefill node's boo
 answers nothing in return. Source: vLLM 0.32, distributed/kv_transfer/kv_connector/v1/mooncake/mooncake_connector.py.
 """
 
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import JSONObject, Rank, Role
+from .base import JSONObject, Rank, Role, new_id
 
 DEFAULT_BOOTSTRAP_PORT = 8998
 PORTS_PER_TRANSFER_ENGINE = 2
@@ -29,7 +28,7 @@ class HandOff:
 
     engine_id: str
     bootstrap: str
-    transfer_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    transfer_id: str = field(default_factory=new_id)
     pins_kv: bool = True
 
     def prefill_params(self) -> JSONObject:

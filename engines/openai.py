@@ -180,6 +180,14 @@ def error_body(message: str, kind: str, status: int, param: str | None = None) -
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
+def is_error_body(raw: bytes) -> bool:
+    """Whether a node's answer is an error in OpenAI's shape, which a client can be shown."""
+    try:
+        return isinstance(orjson.loads(raw)["error"]["message"], str)
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return False
+
+
 def _may_forward_ids(body: JSONObject) -> bool:
     """The decode node renders the prompt itself for `echo`, and for anything but text."""
     messages = body.get("messages")

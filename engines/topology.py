@@ -44,6 +44,8 @@ class Node(BaseModel):
     url: BaseURL
     bootstrap: BaseURL | None = None
     """Where a prefill node's Mooncake bootstrap server answers, as seen from the *decode nodes*."""
+    drain: bool = False
+    """It gets no new requests; what runs there goes on."""
 
 
 class Topology(BaseModel):

@@ -14,6 +14,24 @@ OWNED_FLAGS = frozenset({"--host", "--port", "--model", "--served-model-name", "
 
 KV_CACHE_USAGE = "vllm:kv_cache_usage_perc"
 PROMPT_TOKENS_BY_SOURCE = "vllm:prompt_tokens_by_source_total"
+REQUESTS_RUNNING = "vllm:num_requests_running"
+REQUESTS_WAITING = "vllm:num_requests_waiting"
+GENERATION_TOKENS = "vllm:generation_tokens_total"
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """What a node's `/metrics` say of it: load now, and tokens since its start."""
+
+    running: float = 0
+    waiting: float = 0
+    kv_usage: float = 0
+    """Share of the KV cache's blocks in use or held for a hand-off, 0 to 1."""
+    transferred: float = 0
+    """Prompt tokens whose KV came from a prefill node."""
+    computed: float = 0
+    """Prompt tokens the node computed itself."""
+    generated: float = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +136,18 @@ def computed_tokens(metrics: str) -> float:
 def kv_cache_usage(metrics: str) -> float:
     """The share of KV cache blocks in use or held for a hand-off, 0 to 1, from a node's `/metrics` text."""
     return _total(metrics, KV_CACHE_USAGE)
+
+
+def gauges(metrics: str) -> Gauges:
+    """From a node's `/metrics` text. What is not there counts 0. Raises ValueError for a line that is no metric."""
+    return Gauges(
+        running=_total(metrics, REQUESTS_RUNNING + "{"),
+        waiting=_total(metrics, REQUESTS_WAITING + "{"),
+        kv_usage=kv_cache_usage(metrics),
+        transferred=transferred_tokens(metrics),
+        computed=computed_tokens(metrics),
+        generated=_total(metrics, GENERATION_TOKENS),
+    )
 
 
 def model_cards(models: JSONObject) -> tuple[JSONObject, ...]:

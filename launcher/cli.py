@@ -66,12 +66,17 @@ def _flag(name: str) -> inspect.Parameter:
     """Values are checked by the model, whose messages name the flag or the file they came from."""
     field = LaunchConfig.model_fields[name]
     many = get_origin(field.annotation) in (tuple, dict) and name != "devices"
-    kind: Any = list[str] if many else str
+    is_switch = field.annotation is bool
+    kind: Any = bool if is_switch else list[str] if many else str
     shown = field.default if not many and field.default not in (None, ()) and not field.is_required() else None
     default = f" [default: {shown}]" if shown is not None else ""
     choices = "|".join(get_args(field.annotation)) if get_origin(field.annotation) is Literal else None
+    flag = f"{flag_of(name)}/--no-{name}" if is_switch else flag_of(name)
     option = typer.Option(
-        flag_of(name), help=f"{field.description}{default}", metavar=choices or _metavar(name), show_default=False
+        flag,
+        help=f"{field.description}{default}",
+        metavar=None if is_switch else choices or _metavar(name),
+        show_default=False,
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
@@ -102,7 +107,11 @@ async def _up(config: LaunchConfig, plan: Plan) -> None:
             await setup.make_tiny_model(progress, Path(plan.nodes[0].command[0]))
     clear_run_dir(plan.run_dir)
     supervisor = Supervisor(
-        plan, progress, ready_timeout_s=config.ready_timeout_s, stop_timeout_s=config.stop_timeout_s
+        plan,
+        progress,
+        ready_timeout_s=config.ready_timeout_s,
+        stop_timeout_s=config.stop_timeout_s,
+        restart=config.restart,
     )
     await supervisor.run()
 

@@ -115,6 +115,7 @@ class LaunchConfig(BaseModel):
     proxy_args: tuple[str, ...] = Field(
         (), description="Further flag for the proxy (`pd-proxy --help`); repeat for more."
     )
+    restart: bool = Field(default=True, description="Start a node that died again, with growing pauses.")
     ready_timeout_s: float = Field(900, gt=0, description="How long the nodes may take to start.")
     stop_timeout_s: float = Field(20, ge=0, description="How long a node may take to stop before it is killed.")
     run_dir: Path | None = Field(None, description="Where logs go. [default: a new folder in the user's state folder]")

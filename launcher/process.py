@@ -100,6 +100,16 @@ def members(run_id: str, sessions: Collection[int]) -> list[psutil.Process]:
     return found
 
 
+def of_session(session: int) -> list[psutil.Process]:
+    """The processes of one node: its tree shares the session that it was started in."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(OSError):
+            if os.getsid(process.pid) == session:
+                found.append(process)
+    return found
+
+
 def kill(processes: Iterable[psutil.Process]) -> list[str]:
     """End processes at once. Returns what they were, for the user to see."""
     names = []

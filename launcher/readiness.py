@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -30,9 +31,15 @@ async def service_ready(child: Child, timeout_s: float) -> None:
 
 
 async def proxy_ready(child: Child, plan: Plan, timeout_s: float) -> None:
-    """Returns when the proxy says that it can serve; raises NodeDiedError or NotReadyError."""
+    """Returns when the proxy says that it can hand requests over; raises NodeDiedError or NotReadyError."""
     async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
-        await _before_it_ends(child, _until_ok(client, f"{plan.proxy_url}/health"), timeout_s)
+        await _before_it_ends(child, _until_it_hands_over(client, f"{plan.proxy_url}/health"), timeout_s)
+
+
+async def proxy_listens(child: Child, plan: Plan, timeout_s: float) -> None:
+    """Returns when the proxy answers at all, whatever it says of its nodes; raises NodeDiedError or NotReadyError."""
+    host, port = plan.proxy.ports[0].bind, plan.proxy.ports[0].first
+    await _before_it_ends(child, _until_it_listens(host, port), timeout_s)
 
 
 def died(child: Child) -> NodeDiedError:
@@ -88,6 +95,16 @@ async def _until_ok(client: httpx.AsyncClient, url: str) -> None:
             pass
         else:
             if answer.status_code == httpx.codes.OK:
+                return
+        await asyncio.sleep(_ASK_EVERY_S)
+
+
+async def _until_it_hands_over(client: httpx.AsyncClient, url: str) -> None:
+    """A proxy that answers without a prefill node says "degraded": nothing could be proven through it."""
+    while True:
+        await _until_ok(client, url)
+        with suppress(httpx.HTTPError):
+            if (await client.get(url)).json()["status"] == "ok":
                 return
         await asyncio.sleep(_ASK_EVERY_S)
 

@@ -18,18 +18,28 @@ from .process import Child
 from .progress import Progress, last_line
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_FIRST_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 30.0
+_MOST_DEATHS = 4
+_DEATHS_COUNT_FOR_S = 600.0
+_NOTE_EVERY_S = 5.0
 
 
 class Supervisor:
     """Owns every child of a run, from the first to the last."""
 
-    def __init__(self, plan: Plan, progress: Progress, *, ready_timeout_s: float, stop_timeout_s: float) -> None:
+    def __init__(
+        self, plan: Plan, progress: Progress, *, ready_timeout_s: float, stop_timeout_s: float, restart: bool
+    ) -> None:
         self._plan = plan
         self._progress = progress
         self._ready_timeout_s = ready_timeout_s
         self._stop_timeout_s = stop_timeout_s
+        self._restart = restart
         self._run_id = uuid.uuid4().hex
         self._children: dict[str, Child] = {}
+        self._lost: set[str] = set()
+        self._shared: dict[str, set[Path]] = {}
         self._stop_asked = asyncio.Event()
         self._stopping = False
 
@@ -130,25 +140,79 @@ class Supervisor:
 
     async def _watch(self) -> None:
         """Until a signal, or until the run cannot serve any more; then raises LauncherError."""
-        ends = {asyncio.create_task(child.ended()): child for child in self._children.values()}
         asked = asyncio.create_task(self._stop_asked.wait())
+        kept = {asyncio.create_task(self._keep(child.spec)) for child in self._children.values()}
+        kept.add(asyncio.create_task(self._note_shared_memory_for_ever()))
         try:
             while not asked.done():
-                done, _ = await asyncio.wait({asked, *ends}, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait({asked, *kept}, return_when=asyncio.FIRST_COMPLETED)
                 for task in done - {asked}:
-                    self._report_end(ends.pop(task), [child.spec for child in ends.values()])
+                    kept.discard(task)
+                    task.result()
         finally:
-            for task in (asked, *ends):
+            for task in (asked, *kept):
                 task.cancel()
+            await asyncio.gather(asked, *kept, return_exceptions=True)
 
-    def _report_end(self, child: Child, left: Sequence[Process]) -> None:
-        """The proxy takes a dead node out by itself. Goes on while a node of each role and the proxy are left."""
-        error = readiness.died(child)
-        roles = {spec.role for spec in left if isinstance(spec, NodeProcess)}
-        needed = {self._plan.proxy.name, *(service.name for service in self._plan.services)}
-        if child.spec.name in needed or roles != set(Role):
-            raise LauncherError(str(error), error.hint)
-        self._progress.say(f"{error}\n{error.hint}\nGoing on without it.")
+    async def _keep(self, spec: Process) -> None:
+        """Start a child again whenever it ends, as long as that makes sense. Returns when it is given up for good.
+
+        The proxy finds out by itself: a node gets no requests while it is down, and its new identity is asked for
+        before it gets one. Raises LauncherError when the run cannot go on without it.
+        """
+        deaths: list[float] = []
+        while True:
+            await self._children[spec.name].ended()
+            error = readiness.died(self._children[spec.name])
+            now = asyncio.get_running_loop().time()
+            deaths = [*(death for death in deaths if now - death < _DEATHS_COUNT_FOR_S), now]
+            if not self._may_restart(spec) or len(deaths) > _MOST_DEATHS:
+                self._go_on_without(spec, error, len(deaths))
+                return
+            pause_s = min(_FIRST_PAUSE_S * 2 ** (len(deaths) - 1), _LONGEST_PAUSE_S)
+            self._progress.say(f"{error}\n{error.hint}\nStarting {spec.name} again in {pause_s:g} s.")
+            self._note_shared_memory(self._children[spec.name])
+            await self._children[spec.name].stop(0)  # what is left of its tree holds its ports
+            process.remove_unmapped(self._shared.pop(spec.name, ()))
+            await asyncio.sleep(pause_s)
+            await self._start_again(spec)
+
+    async def _note_shared_memory_for_ever(self) -> None:
+        while True:
+            for child in tuple(self._children.values()):
+                self._note_shared_memory(child)
+            await asyncio.sleep(_NOTE_EVERY_S)
+
+    def _note_shared_memory(self, child: Child) -> None:
+        """A node that is killed leaves its shared memory behind, and then nobody can tell whose it was."""
+        found = process.shared_memory(process.of_session(child.pid))
+        self._shared.setdefault(child.spec.name, set()).update(found)
+
+    def _may_restart(self, spec: Process) -> bool:
+        """A service keeps what the nodes share: they would go on with nothing in it, and each must be told anew."""
+        return self._restart and spec not in self._plan.services
+
+    async def _start_again(self, spec: Process) -> None:
+        child = await self._spawn(spec)
+        try:
+            if isinstance(spec, NodeProcess):
+                await readiness.node_ready(child, spec, self._ready_timeout_s)
+            else:
+                await readiness.proxy_listens(child, self._plan, self._ready_timeout_s)
+        except LauncherError as exc:
+            self._progress.say(f"{exc}\n{exc.hint}")
+            await child.stop(0)
+        else:
+            self._progress.say(f"{spec.name} is ready again.")
+
+    def _go_on_without(self, spec: Process, error: LauncherError, deaths: int) -> None:
+        """While a node of each role and the proxy are left. Raises LauncherError else."""
+        self._lost.add(spec.name)
+        how_often = f"\nIt has ended {deaths} times in {_DEATHS_COUNT_FOR_S / 60:.0f} minutes." if deaths > 1 else ""
+        roles = {node.role for node in self._plan.nodes if node.name not in self._lost}
+        if not isinstance(spec, NodeProcess) or roles != set(Role):
+            raise LauncherError(f"{error}{how_often}", error.hint)
+        self._progress.say(f"{error}{how_often}\n{error.hint}\nGoing on without it.")
 
     # -- stop
 
@@ -156,7 +220,7 @@ class Supervisor:
         """Proxy, decode, prefill: nobody is asked for work by something that has already gone."""
         self._progress.say("Stopping: proxy, decode nodes, prefill nodes. Ctrl-C again kills them at once.")
         sessions = {child.pid for child in self._children.values()}
-        files = process.shared_memory(process.members(self._run_id, sessions))
+        files = process.shared_memory(process.members(self._run_id, sessions)).union(*self._shared.values())
         for group in self._stop_order():
             await asyncio.gather(*(child.stop(self._stop_timeout_s) for child in group))
         left = process.kill(process.members(self._run_id, sessions))

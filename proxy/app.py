@@ -1,9 +1,11 @@
 """Routes, and the one place where an error becomes an HTTP answer."""
 
 import asyncio
+import hashlib
 import logging
+import math
 import re
-import uuid
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,44 +19,56 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engines import openai
-from engines.base import JSONObject, Role
+from engines.base import JSONObject, Role, new_id
 from engines.routes import HANDED_OFF, PASSED_ON
 from engines.topology import Topology
 
-from . import exchange, topology
-from .background import Background
+from . import admin, exchange, logs, server, topology
+from .admission import Admission
+from .board import Board
 from .config import ProxySettings
-from .errors import BadRequestError, NoNodeError, ProxyError
+from .errors import (
+    BadRequestError,
+    ClientGoneError,
+    NodeAnsweredError,
+    NoNodeError,
+    OverloadedError,
+    ProxyError,
+    ShuttingDownError,
+)
 from .exchange import DataPlane, Exchange
+from .failover import RetryBudget
 from .health import Prober
 from .keys import KeyCheck
 from .media import Media
 from .metrics import Metrics
-from .pool import Node, Pool
+from .pool import Limits, Node, Pool, Share
 from .release import Releaser
-from .server import ClientConnection, ClientGoneError, refuse_unless_json
+from .server import ClientConnection, refuse_unless_json
 from .transfer import TransferWatch
-from .transport import Headers, NodeClients
+from .transport import Deadline, Headers, NodeClients
 
 logger = logging.getLogger("pd_proxy")
 
+_PRIORITIES = 1000
 _SAFE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _PASSED_TO_NODES = frozenset({b"traceparent", b"tracestate", b"x-session-id", b"x-vllm-priority"})
-_MOST_DETACHED_LEGS = 1024
 
 
 class Parts:
     """What the application is made of, and the tasks that run as long as it does."""
 
-    def __init__(self, settings: ProxySettings, nodes: Topology) -> None:
+    def __init__(self, settings: ProxySettings, nodes: Topology, board: Board) -> None:
         self.settings = settings
-        self.pool = Pool(nodes)
+        self.board = board
+        limits = Limits(settings.max_node_in_flight, settings.max_node_waiting, settings.max_node_kv_usage)
+        self.pool = Pool(nodes, limits)
         self.node_headers = _node_headers(settings)
-        plain = {name.decode(): value.decode() for name, value in self.node_headers}
-        self.watch = TransferWatch(self.pool, plain)
-        self.prober = Prober(settings, self.pool, plain)
+        self.admission = Admission(settings, self.pool.has_room)
+        self.watch = TransferWatch(self.pool)
+        self.prober = Prober(settings, self.pool, self.watch, self.node_headers, self.admission.let_in)
         self.media = Media(settings)
-        metrics = Metrics(self.pool, self.watch)
+        metrics = Metrics()
         clients = NodeClients(self.pool, settings.connect_timeout_s)
         self.plane = DataPlane(
             settings,
@@ -62,8 +76,11 @@ class Parts:
             clients,
             metrics,
             Releaser(self.pool, clients, metrics, [(b"content-type", b"application/json"), *self.node_headers]),
-            Background(_MOST_DETACHED_LEGS),
+            self.admission,
+            RetryBudget(),
         )
+        if board.inherited is not None:
+            self._adopt(board.inherited)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -76,15 +93,43 @@ class Parts:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            for part in (self.plane.background, self.plane.releaser, self.prober, self.watch, self.media):
+            for part in (self.plane.releaser, self.prober, self.media):
                 await part.close()
             self.plane.clients.close()
+            self.board.close()
 
     def _work(self) -> list[tuple[str, Any]]:
-        work = [("prober", self.prober.run()), ("transfer watch", self.watch.run())]
+        late = server.close_the_late(self.settings.head_timeout_s, self.settings.body_timeout_s)
+        work = [("prober", self.prober.run()), ("late clients", late)]
+        if self.board.is_shared:
+            work.append(("board", self.board.run(self._row, self._take_in_the_others)))
         if self.settings.topology_file:
             work.append(("topology", topology.follow(self.settings.topology_file, self.pool)))
+        if self.settings.admin_port and self.settings.topology_file and self.settings.admin_key:
+            listening = (self.settings.admin_host, self.settings.admin_port)
+            work.append(("admin", admin.serve(*listening, self.settings.topology_file, self.settings.admin_key)))
         return work
+
+    # -- what the worker processes tell each other
+
+    def _row(self) -> JSONObject:
+        shares = {node.spec.name: [node.in_flight, node.hand_offs, node.handed_tokens] for node in self.pool}
+        self.plane.metrics.queued = self.admission.waiting
+        return {"metrics": self.plane.metrics.snapshot(), "nodes": shares}
+
+    def _take_in_the_others(self) -> None:
+        alive, all_rows = self.board.others(), self.board.others(alive=False)
+        for node in self.pool:
+            now = [row["nodes"].get(node.spec.name, (0, 0, 0)) for row in alive]
+            ever = [row["nodes"].get(node.spec.name, (0, 0, 0)) for row in all_rows]
+            hand_offs, tokens = sum(share[1] for share in ever), sum(share[2] for share in ever)
+            node.elsewhere = Share(sum(share[0] for share in now), hand_offs, tokens)
+
+    def _adopt(self, row: JSONObject) -> None:
+        """The row of a worker that died: its counts are ours now, its requests are gone."""
+        self.plane.metrics.adopt(row["metrics"])
+        for node in self.pool:
+            _, node.hand_offs, node.handed_tokens = row["nodes"].get(node.spec.name, (0, 0, 0))
 
 
 class ProxyApp(FastAPI):
@@ -99,10 +144,10 @@ class ProxyApp(FastAPI):
             await super().__call__(scope, receive, send)
 
 
-def make_app(settings: ProxySettings) -> ProxyApp:
+def make_app(settings: ProxySettings, board: Board | None = None) -> ProxyApp:
     """The proxy's ASGI application. The nodes of a topology file are read here: raises TopologyError."""
     nodes = topology.read(settings.topology_file) if settings.topology_file else settings.topology
-    parts = Parts(settings, nodes)
+    parts = Parts(settings, nodes, board or Board())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -126,21 +171,25 @@ def make_app(settings: ProxySettings) -> ProxyApp:
 def _add_information_routes(app: FastAPI, parts: Parts) -> None:
     pool, watch = parts.pool, parts.watch
 
+    def can_serve() -> bool:
+        may_do_without = parts.settings.without_prefill == "aggregated"
+        return pool.has(Role.DECODE) and (may_do_without or pool.has(Role.PREFILL))
+
     @app.get("/health")
     async def health() -> Response:
-        """200 when at least one prefill and one decode node are usable; says of each node why it is not.
+        """200 when requests are answered; says of each node why it gets none.
 
-        "degraded": requests are answered, but KV does not move to some decode node, which computes prompts again.
+        "degraded": they are, but decode nodes compute prompts: no prefill node is usable, or KV does not move.
         """
         stuck = any(watch.verdict(node) == "not moving" for node in pool.of(Role.DECODE))
-        status = ("degraded" if stuck else "ok") if pool.can_serve() else "unavailable"
+        status = ("ok" if pool.has(Role.PREFILL) and not stuck else "degraded") if can_serve() else "unavailable"
         nodes = [_node_health(node, watch) for node in pool]
         return JSONResponse({"status": status, "nodes": nodes}, 503 if status == "unavailable" else 200)
 
     @app.get("/v1/models")
     async def models() -> Response:
         """The models that both a prefill and a decode node serve."""
-        if not pool.can_serve():
+        if not can_serve():
             return _error_response(NoNodeError("no usable pair of nodes", "See /health"))
         return JSONResponse({"object": "list", "data": pool.models()})
 
@@ -150,14 +199,19 @@ def _add_information_routes(app: FastAPI, parts: Parts) -> None:
         try:
             node = pool.choose(Role.DECODE)
             with node.lease():
-                answer = await parts.plane.clients.of(node).request(b"GET", b"/version", parts.node_headers, b"")
+                deadline = Deadline(parts.settings.probe_timeout_s, "answer")
+                answer = await parts.plane.clients.of(node).request(
+                    b"GET", b"/version", parts.node_headers, b"", deadline=deadline
+                )
                 return Response(await answer.load(), answer.status, media_type="application/json")
         except ProxyError as exc:
             return _error_response(exc)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(parts.plane.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(
+            parts.plane.metrics.text(parts.board, pool, watch), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
 
 def _node_health(node: Node, watch: TransferWatch) -> JSONObject:
@@ -165,8 +219,8 @@ def _node_health(node: Node, watch: TransferWatch) -> JSONObject:
         "name": node.spec.name,
         "role": node.spec.role,
         "usable": node.usable,
-        "problem": node.problem,
-        "in_flight": node.in_flight,
+        "problem": node.why_not,
+        "in_flight": node.load,
     }
     if node.spec.role is Role.DECODE:
         health["kv"] = watch.verdict(node)
@@ -181,10 +235,13 @@ class _Generation:
         self._plane = parts.plane
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        metrics = self._plane.metrics
         client = ClientConnection(scope, receive, send)
         request_id = _request_id(client.header(b"x-request-id"))
         current: Exchange | None = None
-        status = 499  # the client left; nobody hears it, the metrics tell it
+        status, error = 499, ""  # the client left; nobody hears it, the metrics tell it
+        metrics.in_flight += 1
         try:
             request = await self._read(scope, client, request_id)
             current = Exchange(self._plane, request, client)
@@ -193,18 +250,26 @@ class _Generation:
         except ClientGoneError:
             pass
         except ProxyError as exc:
-            status = exc.status
-            await _tell(client, exc, request_id)
-        except Exception:
+            status, error = exc.status, str(exc)
+            _tell(client, exc, request_id)
+        except asyncio.CancelledError:  # uvicorn's, when the grace time is over
+            status, error = 503, "shutting down"
+            _tell(client, ShuttingDownError("the proxy is shutting down"), request_id)
+        except Exception as exc:
             logger.exception("request %s failed in the proxy itself", request_id)
-            status = 500
-            await _tell(client, ProxyError("the proxy failed; its log tells more", f"Request {request_id}"), request_id)
+            status, error = 500, repr(exc)
+            _tell(client, ProxyError("the proxy failed; its log tells more", f"Request {request_id}"), request_id)
         finally:
-            path = current.path if current else "none"
-            self._plane.metrics.requests.labels(scope["path"], path, str(status)).inc()
+            seconds = time.perf_counter() - started
+            metrics.in_flight -= 1
+            metrics.requests.count(scope["path"], current.path if current else "none", str(status))
+            metrics.request_seconds.observe(seconds)
+            if error or self._plane.settings.log_requests == "all":
+                logs.exchange(request_id, scope["path"], status, seconds, current, error)
 
     async def _read(self, scope: Scope, client: ClientConnection, request_id: str) -> exchange.Request:
         refuse_unless_json(client)
+        timeout_s = _timeout_s(client.header(b"x-request-timeout"), self._plane.settings.request_timeout_s)
         raw = await client.body(self._plane.settings.max_body_bytes)
         try:
             body = openai.checked_body(orjson.loads(raw))
@@ -219,36 +284,66 @@ class _Generation:
             *self._parts.node_headers,
             *(header for header in scope["headers"] if header[0] in _PASSED_TO_NODES),
         ]
-        return exchange.Request(scope["path"], body, request_id, headers)
+        return exchange.Request(
+            scope["path"],
+            body,
+            request_id,
+            headers,
+            timeout_s,
+            client=hashlib.sha256(client.header(b"authorization") or b"").hexdigest()[:16],
+            priority=_priority(body, client.header(b"x-vllm-priority")),
+        )
 
 
 async def _while_connected(client: ClientConnection, current: Exchange) -> None:
-    """Run the exchange; stop it, and with it both legs, when the client leaves. Raises ClientGoneError then."""
-    task = asyncio.current_task()
-    assert task is not None  # noqa: S101  uvicorn runs every request in one
+    """Run the exchange; tell it when the client leaves. Raises ClientGoneError then."""
     try:
-        with client.cancelled_when_gone(task):
+        with client.calling_when_gone(current.client_left):
             await current.run()
     except asyncio.CancelledError:
-        if not client.is_gone:
+        task = asyncio.current_task()
+        if not client.is_gone or task is None:
             raise
         task.uncancel()
         raise ClientGoneError from None
 
 
-async def _tell(client: ClientConnection, error: ProxyError, request_id: str) -> None:
+def _tell(client: ClientConnection, error: ProxyError, request_id: str) -> None:
     """The error to the client: as an answer, or, when one has begun, as a last event and an end that is none."""
     body = orjson.dumps(openai.error_body(str(error), error.kind, error.status, error.param))
     if client.started:
-        await client.write(b"data: " + body + b"\n\n")
+        client.write(b"data: " + body + b"\n\n")
         client.break_off()
         return
     headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode("latin-1"))]
-    if isinstance(error, NoNodeError):
-        headers.append((b"retry-after", b"2"))
-    await client.start(error.status, headers)
-    await client.write(body)
-    await client.finish()
+    if isinstance(error, NodeAnsweredError):
+        headers += [header for header in error.headers if header[0] == b"retry-after"]
+        body = error.body if openai.is_error_body(error.body) else body
+    elif isinstance(error, NoNodeError | OverloadedError):
+        headers.append((b"retry-after", str(error.retry_after_s).encode()))
+    client.answer(error.status, headers, body)
+
+
+def _priority(body: JSONObject, header: bytes | None) -> int:
+    """VLLM's own field, or its header; 0 when there is none, or none that is a number (a node will say so)."""
+    given = body.get("priority", header)
+    try:
+        return max(-_PRIORITIES, min(_PRIORITIES, int(given or 0)))
+    except (TypeError, ValueError):
+        return 0
+
+
+def _timeout_s(given: bytes | None, most_s: float) -> float:
+    """The client's own limit for its request, never more than ours. Raises BadRequestError when it is no number."""
+    if given is None:
+        return most_s
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise BadRequestError("x-request-timeout is a number of seconds above 0")
+    return min(seconds, most_s)
 
 
 def _node_headers(settings: ProxySettings) -> Headers:
@@ -261,7 +356,7 @@ def _request_id(given: bytes | None) -> str:
     """The client's own id when it is harmless in a log and a header, else a new one."""
     if given is not None and _SAFE_REQUEST_ID.fullmatch(given):
         return given.decode("latin-1")
-    return uuid.uuid4().hex
+    return new_id()
 
 
 def _error_response(error: ProxyError) -> JSONResponse:

@@ -2,10 +2,14 @@
 
 import logging
 import os
+import signal
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import packages_distributions
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
@@ -16,12 +20,15 @@ from engines import mooncake
 from engines.base import Role, foreign_owners
 from engines.topology import Node, Topology
 
+from . import admin, worker
 from .app import make_app
 from .config import ProxySettings
 from .server import ClientProtocol
 from .topology import TopologyError
 
 EXIT_USAGE = 2
+
+logger = logging.getLogger("pd_proxy")
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -48,16 +55,58 @@ def serve(  # noqa: PLR0913, PLR0917  a command's flags
     connector: Annotated[
         str, typer.Option(metavar="NAME", help="The nodes' KV connector, when they are given by flags.")
     ] = "MooncakeConnector",
+    workers: Annotated[
+        int, typer.Option(metavar="N", help="Processes that share the port and the load.", min=1, max=64)
+    ] = 1,
     min_prefill_tokens: Annotated[
         int, typer.Option(help="Answer prompts shorter than about this by a decode node alone.", min=0)
     ] = 0,
+    without_prefill: Annotated[
+        str,
+        typer.Option(
+            metavar="aggregated|refuse",
+            help="When no prefill node is usable: let decode nodes compute prompts too, or refuse (503).",
+        ),
+    ] = "aggregated",
+    resume: Annotated[  # noqa: FBT002
+        bool, typer.Option(help="Go on with a stream that loses its decode node in the middle, from another.")
+    ] = True,
+    prefill_timeout_s: Annotated[float, typer.Option(help="For a whole prefill leg.")] = 600,
+    decode_start_timeout_s: Annotated[
+        float, typer.Option(help="From the hand-off to decode's first event; below the engines' transfer timeout.")
+    ] = 50,
+    decode_silence_timeout_s: Annotated[float, typer.Option(help="Between two chunks of a running answer.")] = 120,
+    request_timeout_s: Annotated[
+        float, typer.Option(help="For a whole request; clients may ask for less (x-request-timeout).")
+    ] = 3600,
+    shutdown_grace_s: Annotated[float, typer.Option(help="How long running answers may go on after SIGTERM.")] = 30,
+    head_timeout_s: Annotated[float, typer.Option(help="For a request's head to come.")] = 10,
+    body_timeout_s: Annotated[float, typer.Option(help="Between two pieces of a request's body.")] = 30,
+    max_in_flight: Annotated[int, typer.Option(help="Requests inside at once, in each worker.")] = 4096,
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait for a place; more get a 429.")] = 1024,
+    queue_timeout_s: Annotated[float, typer.Option(help="How long one may wait.")] = 30,
+    max_node_in_flight: Annotated[int, typer.Option(help="Requests on one decode node.")] = 2048,
+    api_keys_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Clients' keys, one a line; '#' begins a comment.")
+    ] = None,
+    admin_port: Annotated[
+        int | None, typer.Option(help="Add, drain and remove nodes at run time here (PD_PROXY_ADMIN_KEY).")
+    ] = None,
+    admin_host: Annotated[str, typer.Option(help="Address of the admin listener.")] = "127.0.0.1",
+    tls_certificate: Annotated[Path | None, typer.Option(metavar="FILE", help="Serve HTTPS (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="The certificate's key (PEM).")] = None,
+    log_requests: Annotated[  # noqa: FBT002
+        bool, typer.Option("--log-requests", help="One log line for every request, not only for those that failed.")
+    ] = False,
+    log_format: Annotated[str, typer.Option(metavar="text|json", help="Of log lines.")] = "text",
     allow_private_media: Annotated[  # noqa: FBT002
         bool, typer.Option("--allow-private-media", help="Fetch media for messages from private addresses too.")
     ] = False,
 ) -> None:
     """OpenAI-compatible proxy in front of prefill and decode nodes with the Mooncake transfer engine.
 
-    PD_PROXY_API_KEYS (comma-separated): keys that clients must send. PD_NODE_API_KEY: the key the nodes want.
+    Secrets come from the environment, never from flags. PD_PROXY_API_KEYS (comma-separated): keys that clients must
+    send, or --api-keys-file. PD_NODE_API_KEY: the key the nodes want. PD_PROXY_ADMIN_KEY: the admin listener's.
     """
     listed = {"connector": connector, "nodes": (*_prefill_nodes(prefill or []), *_decode_nodes(decode or []))}
     nodes = Topology.model_validate(listed)
@@ -67,11 +116,32 @@ def serve(  # noqa: PLR0913, PLR0917  a command's flags
         ProxySettings(
             host=host,
             port=port,
+            workers=workers,
             topology_file=topology,
             topology=nodes,
-            api_keys=tuple(filter(None, os.environ.get("PD_PROXY_API_KEYS", "").split(","))),
+            api_keys=(*_keys_in(api_keys_file), *filter(None, os.environ.get("PD_PROXY_API_KEYS", "").split(","))),
+            admin_port=admin_port,
+            admin_host=admin_host,
+            admin_key=os.environ.get("PD_PROXY_ADMIN_KEY") or None,
+            tls_certificate=tls_certificate,
+            tls_key=tls_key,
+            log_requests="all" if log_requests else "failed",
+            log_format=log_format,
             node_api_key=os.environ.get("PD_NODE_API_KEY") or None,
             min_prefill_tokens=min_prefill_tokens,
+            without_prefill=without_prefill,
+            resume=resume,
+            prefill_timeout_s=prefill_timeout_s,
+            decode_start_timeout_s=decode_start_timeout_s,
+            decode_silence_timeout_s=decode_silence_timeout_s,
+            request_timeout_s=request_timeout_s,
+            shutdown_grace_s=shutdown_grace_s,
+            head_timeout_s=head_timeout_s,
+            body_timeout_s=body_timeout_s,
+            max_in_flight=max_in_flight,
+            max_queue=max_queue,
+            queue_timeout_s=queue_timeout_s,
+            max_node_in_flight=max_node_in_flight,
             allow_private_media=allow_private_media,
         )
     )
@@ -79,20 +149,61 @@ def serve(  # noqa: PLR0913, PLR0917  a command's flags
 
 def run(settings: ProxySettings) -> None:
     """Serve until a signal ends it."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    uvicorn.run(
-        make_app(settings),
-        host=settings.host,
-        port=settings.port,
-        http=ClientProtocol,
-        loop="uvloop",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        timeout_graceful_shutdown=int(settings.shutdown_grace_s),
-        backlog=2048,
-    )
+    options: dict[str, Any] = {
+        "host": settings.host,
+        "port": settings.port,
+        "http": ClientProtocol,
+        "loop": "uvloop",
+        "access_log": False,
+        "log_config": None,
+        "server_header": False,
+        "proxy_headers": False,
+        "timeout_graceful_shutdown": int(settings.shutdown_grace_s),
+        "backlog": 2048,
+        "ssl_certfile": settings.tls_certificate,
+        "ssl_keyfile": settings.tls_key,
+    }
+    for ending in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises it once more when it has shut down
+        signal.signal(ending, lambda *_: sys.exit(0))
+    with _nodes_in_a_file(settings) as final:
+        application = make_app(final)  # what is wrong with the settings is said once, here
+        worker.prepare(final)
+        _warn(final)
+        if final.workers == 1:
+            uvicorn.run(application, **options)
+        else:
+            with worker.told(final):
+                uvicorn.run("proxy.worker:make", factory=True, workers=final.workers, **options)
+
+
+@contextmanager
+def _nodes_in_a_file(settings: ProxySettings) -> Iterator[ProxySettings]:
+    """With an admin listener the nodes live in a file, which all workers follow."""
+    if settings.admin_port is None or settings.topology_file is not None:
+        yield settings
+        return
+    with tempfile.TemporaryDirectory(prefix="pd-proxy-") as folder:
+        file = Path(folder) / "topology.json"
+        admin.write(file, settings.topology)
+        yield settings.model_copy(update={"topology_file": file, "topology": Topology()})
+
+
+def _warn(settings: ProxySettings) -> None:
+    is_open = settings.host not in ("localhost", "127.0.0.1", "::1")
+    if is_open and not settings.api_keys:
+        logger.warning("anyone who reaches %s:%d may use it: set PD_PROXY_API_KEYS", settings.host, settings.port)
+
+
+def _keys_in(file: Path | None) -> list[str]:
+    if file is None:
+        return []
+    try:
+        lines = [line.split("#", 1)[0].strip() for line in file.read_text().splitlines()]
+    except OSError as exc:
+        raise UsageError(f"cannot read the keys in {file}: {exc.strerror}") from exc
+    if not any(lines):
+        raise UsageError(f"{file} has no key in it")
+    return [line for line in lines if line]
 
 
 def main() -> None:

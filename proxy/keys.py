@@ -15,12 +15,13 @@ OPEN_PATHS = frozenset({"/health", "/metrics"})
 class KeyCheck:
     """ASGI middleware: 401 without a known `Authorization: Bearer …`."""
 
-    def __init__(self, app: ASGIApp, keys: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Collection[str], open_paths: Collection[str] = OPEN_PATHS) -> None:
         self._app = app
+        self._open_paths = open_paths
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._is_known(scope):
+        if scope["type"] != "http" or scope["path"] in self._open_paths or self._is_known(scope):
             await self._app(scope, receive, send)
             return
         from fastapi.responses import JSONResponse  # noqa: PLC0415

@@ -17,13 +17,14 @@ from .background import Background
 from .errors import NodeError, ProxyError
 from .metrics import Metrics
 from .pool import Pool
-from .transport import Headers, NodeClients
+from .transport import Deadline, Headers, NodeClients
 
 logger = logging.getLogger("pd_proxy.release")
 
 MOST_AT_ONCE = 256
 _TRIES = 5
 _BETWEEN_TRIES_S = 1.0
+_TRY_S = 10.0
 
 
 class Releaser:
@@ -39,7 +40,7 @@ class Releaser:
     def release(self, body: JSONObject, transfer_params: JSONObject) -> None:
         """Give back, soon, what a decode leg with these parameters would have fetched. `body` is the client's."""
         if self._background.is_full:
-            self._metrics.releases.labels("skipped").inc()
+            self._metrics.releases.count("skipped")
         else:
             self._background.start(self._send(openai.release_body(body, transfer_params)), "release of a hand-off")
 
@@ -49,6 +50,7 @@ class Releaser:
     async def _send(self, body: JSONObject) -> None:
         """A node that has just failed is often the only one: a few tries, well within the transfer timeout."""
         outcome, problem = "failed", ""
+        self._metrics.releases_pending += 1
         try:
             for _ in range(_TRIES):
                 try:
@@ -61,14 +63,24 @@ class Releaser:
                     return
             logger.warning("a hand-off was not released: %s", problem)
         finally:
-            self._metrics.releases.labels(outcome).inc()
+            self._metrics.releases_pending -= 1
+            self._metrics.releases.count(outcome)
 
     async def _be_refused(self, body: JSONObject) -> None:
         """Raises ProxyError when there is no decode node, or it does not refuse."""
         node = self._pool.choose(Role.DECODE)
         with node.lease():
             client = self._clients.of(node)
-            answer = await client.request(b"POST", COMPLETIONS.path.encode(), self._headers, orjson.dumps(body))
-            raw = await answer.load()
+            answer = await client.request(
+                b"POST",
+                COMPLETIONS.path.encode(),
+                self._headers,
+                orjson.dumps(body),
+                deadline=Deadline(_TRY_S, "answer"),
+            )
+            try:
+                raw = await answer.load()
+            finally:
+                answer.close()
         if answer.status not in (400, 404):
             raise NodeError(f"node {node.spec.name} did not refuse: {answer.status} {raw[:200]!r}")

@@ -1,22 +1,33 @@
 """One client's connection, as the data plane uses it: uvicorn's protocol, plus what ASGI has no word for.
 
 A stream that stops cleanly in the middle is taken for complete, and ASGI cannot end one abnormally. It has a coroutine
-wake up for every chunk, and another wait for the client to leave. So the connection itself rides along in the scope:
-chunks are written to it as they come from the node, and it says when it is lost.
+wake up for every chunk, another wait for the client to leave, and a system call each for an answer's head, its body
+and its end. So the connection itself rides along in the scope: answers are written to it directly, chunks as they
+come from the node, and it says when it is lost.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final, Protocol
+from typing import Any, ClassVar, Final, Literal, Protocol, cast
 
-from starlette.types import Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import orjson
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from .errors import BadRequestError, ProxyError
-from .transport import Answer, Headers
+from engines import openai
+from engines.continuation import SentTokens
+
+from .errors import BadRequestError, ClientGoneError, ClientStalledError, NodeBrokeOffError, ProxyError
+from .transport import Answer, Deadline, Sink
 
 _CONNECTION: Final = "pd_proxy.connection"
+_CYCLE: Final = "pd_proxy.cycle"
+_END: Final = b"0\r\n\r\n"
+_MOST_HEAD_BYTES: Final = 64 * 1024
+_MOST_HEADERS: Final = 128
+_LOOK_EVERY_S: Final = 1.0
 
 
 class Source(Protocol):
@@ -28,17 +39,81 @@ class Source(Protocol):
 
 
 class ClientProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol; an application finds it in the scope."""
+    """uvicorn's HTTP protocol with limits; an application finds it in the scope."""
 
     source: Source | None = None
     on_lost: Callable[[], object] | None = None
+    waits_for: Literal["head", "body"] | None = "head"
+    """What of a request should come next."""
+    since: float = 0.0
+    """When a piece of it came last, or its connection; on the machine's monotonic clock."""
+    all: ClassVar[set["ClientProtocol"]] = set()
+    _has_begun = False
+    _head_bytes = 0
+    _refusal = (400, "BadRequestError", "this is not a valid HTTP request")
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(cast("asyncio.Transport", transport))
+        self.since = time.monotonic()
+        ClientProtocol.all.add(self)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.waits_for, self.since, self._head_bytes, self._has_begun = "head", time.monotonic(), 0, True
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._count(len(name) + len(value) + 4)
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
         self.scope[_CONNECTION] = self  # type: ignore[typeddict-unknown-key]
+        self.scope[_CYCLE] = self.cycle  # type: ignore[typeddict-unknown-key]
+        self.waits_for, self.since = "body", time.monotonic()
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self.since = time.monotonic()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self.waits_for = None
+
+    def close_if_late(self, now: float, head_s: float, body_s: float) -> None:
+        """A client that does not go on with its request loses its connection: whoever waits costs a socket."""
+        if self.waits_for is None or now - self.since <= (head_s if self.waits_for == "head" else body_s):
+            return
+        if not self._has_begun:
+            self.transport.close()
+        elif self.waits_for == "head" or not self.cycle.response_started:
+            self._refusal = (408, "RequestTimeoutError", f"the request's {self.waits_for} did not come in time")
+            self.send_400_response("")
+
+    def send_400_response(self, msg: str) -> None:
+        """In OpenAI's shape, and with the status of what is wrong."""
+        del msg
+        status, kind, message = self._refusal
+        body = orjson.dumps(openai.error_body(message, kind, status))
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        self.transport.write(STATUS_LINE[status] + head + body)
+        self.transport.close()
+
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > _MOST_HEAD_BYTES or len(self.headers) > _MOST_HEADERS:
+            limits = f"{_MOST_HEAD_BYTES} bytes and {_MOST_HEADERS} headers"
+            self._refusal = (431, "RequestHeaderFieldsTooLargeError", f"a request's head has at most {limits}")
+            raise ValueError("head too large")  # ends the parsing; uvicorn then calls send_400_response
 
     def connection_lost(self, exc: Exception | None) -> None:
+        ClientProtocol.all.discard(self)
         super().connection_lost(exc)
+        if self.source is not None:
+            self.source.pause()  # nothing may be written any more
         if self.on_lost is not None:
             self.on_lost()
 
@@ -53,6 +128,15 @@ class ClientProtocol(HttpToolsProtocol):
             self.source.resume()
 
 
+async def close_the_late(head_s: float, body_s: float) -> None:
+    """Look at all connections, for ever."""
+    while True:
+        await asyncio.sleep(_LOOK_EVERY_S)
+        now = time.monotonic()
+        for connection in tuple(ClientProtocol.all):
+            connection.close_if_late(now, head_s, body_s)
+
+
 class BodyTooLargeError(ProxyError):
     """Refused while it is being read: no more than the limit is ever held."""
 
@@ -60,18 +144,18 @@ class BodyTooLargeError(ProxyError):
     kind = "RequestEntityTooLargeError"
 
 
-class ClientGoneError(Exception):
-    """The client closed its connection before its request was read."""
-
-
 class ClientConnection:
     """One request's way in and one answer's way out."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._scope = scope
+        del send  # answers are written to the connection
         self._receive = receive
-        self._send = send
+        self._headers = dict(scope["headers"])
         self._connection: ClientProtocol = scope[_CONNECTION]
+        self._cycle: Any = scope[_CYCLE]
+        self._framed = (
+            scope["http_version"] != "1.0"
+        )  # HTTP/1.0 knows no chunked coding: a body ends with the connection
         self.started = False
         self.is_gone = False
 
@@ -91,16 +175,16 @@ class ClientConnection:
                 return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def header(self, name: bytes) -> bytes | None:
-        """The first value of a request header; `name` in lower case."""
-        return next((value for key, value in self._scope["headers"] if key == name), None)
+        """A request header; `name` in lower case."""
+        return self._headers.get(name)
 
     @contextmanager
-    def cancelled_when_gone(self, task: "asyncio.Task[object]") -> Iterator[None]:
-        """Cancel `task` should the client close its connection meanwhile; `is_gone` says so then."""
+    def calling_when_gone(self, left: Callable[[], object]) -> Iterator[None]:
+        """Call `left` should the client close its connection meanwhile; `is_gone` is true then. Or ClientGoneError."""
 
         def lost() -> None:
             self.is_gone = True
-            task.cancel()
+            left()
 
         if self._connection.transport.is_closing():
             self.is_gone = True
@@ -111,40 +195,112 @@ class ClientConnection:
         finally:
             self._connection.on_lost = None
 
-    async def start(self, status: int, headers: Headers) -> None:
-        self.started = True
-        message: Message = {"type": "http.response.start", "status": status, "headers": headers}
-        await self._send(message)
+    def answer(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        """A whole answer, in one write."""
+        self._write(self._head(status, headers, b"content-length: %d\r\n" % len(body)), body)
+        self._complete()
 
-    async def write(self, chunk: bytes) -> None:
-        """Returns when the client can take more: a slow reader slows its node, not the proxy's memory."""
-        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+    def begin(self, status: int, headers: Iterable[tuple[bytes, bytes]], first: bytes) -> None:
+        """The head and the first bytes of an answer whose length nobody knows yet, in one write."""
+        self._write(
+            self._head(status, headers, b"transfer-encoding: chunked\r\n" if self._framed else b""), self._frame(first)
+        )
 
-    async def finish(self) -> None:
-        await self._send({"type": "http.response.body", "body": b""})
+    def write(self, chunk: bytes) -> None:
+        """A chunk of an answer that has begun."""
+        self._write(self._frame(chunk))
 
-    async def relay(self, answer: Answer, silence_s: float) -> None:
+    async def relay(
+        self, answer: Answer, deadline: Deadline, sent: SentTokens | None, *, silence_s: float, stall_s: float
+    ) -> None:
         """The rest of a node's answer, each chunk written in the turn of the loop in which it came.
 
-        Raises NodeBrokeOffError, or TimeoutError after `silence_s` without a byte.
+        `sent`, if given, sees all of it on its way. A client that takes no more stops its node, and not for longer
+        than `stall_s`. Raises NodeError, or ClientStalledError.
         """
-        transport, connection = self._connection.transport, self._connection
+        connection = self._connection
+        transport = connection.transport
 
-        def write(data: bytes) -> None:
-            transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        def frames(data: bytes) -> bool:
+            if sent is not None:
+                blanked = sent.in_place(data)
+                if blanked is None:
+                    return False
+                data = blanked
+            transport.write(data)
+            return True
+
+        def write(pieces: Sequence[bytes], *, ended: bool) -> Exception | None:
+            if sent is None:
+                self._take(pieces, ended=ended)
+                return None
+            self._take([sent.feed(b"".join(pieces))], ended=ended and sent.is_done)
+            if sent.error is not None:
+                return NodeBrokeOffError(f"the node failed in the middle of its answer: {sent.error}")
+            return NodeBrokeOffError("the node ended its stream before its end") if ended and not sent.is_done else None
 
         connection.source = answer
         if connection.flow.write_paused:
             answer.pause()
         try:
-            await answer.pipe(write, silence_s)
+            passed = frames if self._framed else None
+            await answer.pipe(Sink(write, passed, deadline, silence_s=silence_s, stall_s=stall_s))
         finally:
             connection.source = None
-        await self.finish()
+        self._complete()
+
+    async def drained(self, stall_s: float) -> None:
+        """Until the client can take more. Raises ClientStalledError when that takes longer than `stall_s`."""
+        try:
+            async with asyncio.timeout(stall_s):
+                await self._connection.flow.drain()
+        except TimeoutError as exc:
+            raise ClientStalledError(f"the client took nothing for {stall_s:g} s") from exc
+
+    def finish(self) -> None:
+        """The end of an answer that `write` has written."""
+        if self._framed:
+            self._write(_END)
+        self._complete()
 
     def break_off(self) -> None:
         """End a begun answer so that nobody takes it for whole: close without the end of the body."""
-        self._connection.transport.close()
+        if self._framed:
+            self._connection.transport.close()
+        else:
+            self._connection.transport.abort()
+
+    def _take(self, pieces: Sequence[bytes], *, ended: bool) -> None:
+        framed = [self._frame(piece) for piece in pieces]
+        if ended and self._framed:
+            framed.append(_END)
+        self._write(*framed)
+
+    def _frame(self, chunk: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._framed and chunk else chunk
+
+    def _head(self, status: int, headers: Iterable[tuple[bytes, bytes]], length: bytes) -> bytes:
+        self.started = self._cycle.response_started = True
+        lines = [STATUS_LINE[status]]
+        lines += [b"%b: %b\r\n" % header for header in self._cycle.default_headers]
+        lines += [b"%b: %b\r\n" % header for header in headers]
+        if not self._cycle.keep_alive:
+            lines.append(b"connection: close\r\n")
+        lines += (length, b"\r\n")
+        return b"".join(lines)
+
+    def _write(self, *pieces: bytes) -> None:
+        if not self._connection.transport.is_closing():
+            self._connection.transport.write(b"".join(pieces))
+
+    def _complete(self) -> None:
+        """What uvicorn does when an answer has been sent: close, or make ready for the connection's next request."""
+        cycle = self._cycle
+        cycle.response_complete = True
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            self._connection.transport.close()
+        cycle.on_response()
 
 
 def refuse_unless_json(connection: ClientConnection) -> None:

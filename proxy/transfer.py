@@ -4,14 +4,11 @@ A miswired transfer fails nothing: the decode node computes every prompt again, 
 a decode node must have counted tokens that came by transfer; if it has computed them instead, nothing moves.
 """
 
-import asyncio
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-import httpx
-
-from engines import vllm
 from engines.base import Role
 
 from .pool import Node, Pool
@@ -20,7 +17,6 @@ logger = logging.getLogger("pd_proxy.transfer")
 
 Verdict = Literal["unproven", "moving", "not moving"]
 
-_LOOK_EVERY_S = 2.0
 _ENOUGH_HAND_OFFS = 3
 _SHARE_COMPUTED = 0.5
 """Of the tokens handed over. A decode node's own prefix cache takes its share of a prompt without any transfer."""
@@ -42,23 +38,11 @@ class _Seen:
 
 
 class TransferWatch:
-    """Looks at every decode node's counters, and has a verdict on each."""
+    """Takes in every look at a decode node's counters, and has a verdict on each. No I/O: the prober looks."""
 
-    def __init__(self, pool: Pool, node_headers: dict[str, str]) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._client = httpx.AsyncClient(timeout=5, trust_env=False, headers=node_headers)
         self._seen: dict[Node, _Seen] = {}
-
-    async def run(self) -> None:
-        """Look for ever."""
-        while True:
-            nodes = self._pool.of(Role.DECODE)
-            self._seen = {node: seen for node, seen in self._seen.items() if node in nodes}
-            await asyncio.gather(*(self._look(node) for node in nodes if node.usable))
-            await asyncio.sleep(_LOOK_EVERY_S)
-
-    async def close(self) -> None:
-        await self._client.aclose()
 
     def verdict(self, node: Node) -> Verdict:
         return self._seen[node].verdict if node in self._seen else "unproven"
@@ -67,13 +51,14 @@ class TransferWatch:
         """Prompt tokens that came to this decode node by transfer since the proxy started."""
         return self._seen[node].total_arrived if node in self._seen else 0
 
-    async def _look(self, node: Node) -> None:
-        hand_offs, tokens = node.hand_offs, node.handed_tokens  # before the look: these can be counted by now
-        try:
-            answer = await self._client.get(f"{node.spec.url}/metrics")
-        except httpx.HTTPError:
-            return  # the prober says what is wrong with it
-        arrived, computed = vllm.transferred_tokens(answer.text), vllm.computed_tokens(answer.text)
+    def forget_all_but(self, nodes: Collection[Node]) -> None:
+        self._seen = {node: seen for node, seen in self._seen.items() if node in nodes}
+
+    def look(self, node: Node, hand_offs: int, tokens: int) -> None:
+        """Take in `node.gauges`, given what had been handed over to it before they were read."""
+        if node.spec.role is not Role.DECODE:
+            return
+        arrived, computed = node.gauges.transferred, node.gauges.computed
         seen = self._seen.get(node)
         if seen is None:
             self._seen[node] = _Seen(arrived, computed, hand_offs, tokens)

@@ -2,18 +2,22 @@
 
 A request is written whole, an answer is read as it comes. What a caller does not read is not read from the socket
 either (`_HIGH_WATER` bytes apart), so a slow client slows its node and not the proxy's memory.
+
+Deadlines cost nothing to set: a timer for each wait would be the dearest part of a request. Each client looks at its
+busy connections a few times a second instead, so a deadline is kept within `_TICK_S`.
 """
 
 import asyncio
+import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Final, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
 
-from .errors import NodeBrokeOffError, NodeError, NodeTimeoutError
+from .errors import ClientStalledError, NodeBrokeOffError, NodeError, NodeTimeoutError, NodeUnreachableError
 from .pool import Node, Pool
 
 _HIGH_WATER: Final = 256 * 1024
@@ -21,7 +25,29 @@ _MOST_HEADER_BYTES: Final = 64 * 1024
 _KEEP_IDLE_S: Final = 4.0
 """vLLM closes an idle connection after 5 s unless told otherwise; a request must not meet that close."""
 
+_TICK_S: Final = 0.25
+_FRAME = re.compile(rb"([1-9a-fA-F][0-9a-fA-F]{0,6})\r\n")
+
 Headers = list[tuple[bytes, bytes]]
+
+
+class Deadline:
+    """When waiting for a node ends, and what it will not have done by then ("answer", "finish its prefill")."""
+
+    __slots__ = ("at", "seconds", "what")
+
+    def __init__(self, seconds: float, what: str) -> None:
+        self.at = time.monotonic() + seconds
+        self.seconds = seconds
+        self.what = what
+
+    @property
+    def left_s(self) -> float:
+        return self.at - time.monotonic()
+
+    def within(self, seconds: float) -> None:
+        """Bring it forward, under the feet of whoever waits."""
+        self.at = min(self.at, time.monotonic() + seconds)
 
 
 class NodeClient:
@@ -36,20 +62,24 @@ class NodeClient:
         self._connect_timeout_s = connect_timeout_s
         self._idle: list[_Connection] = []
         self._open: set[_Connection] = set()
+        self._ticking: asyncio.TimerHandle | None = None
 
-    async def request(
+    async def request(  # noqa: PLR0913  a request's parts
         self,
         method: bytes,
         path: bytes,
         headers: Iterable[tuple[bytes, bytes]],
         body: bytes,
+        *,
+        deadline: Deadline,
         on_sent: Callable[[], None] = lambda: None,
     ) -> "Answer":
         """Send a request and wait for the answer's head. `on_sent` is called once the node may have it.
 
-        Raises NodeError when the node cannot be reached, breaks off or does not speak HTTP. A kept connection that
-        the node closes before the first byte of an answer is an idle one it had given up: sent again once, on a new
-        connection (RFC 9112 §9.3.1).
+        `deadline` holds for the head and for the body, until a reader of the body gives another. Raises NodeError
+        when the node cannot be reached, is late, breaks off or does not speak HTTP. A kept connection that the node
+        closes before the first byte of an answer is an idle one it had given up: sent again once, on a new connection
+        (RFC 9112 §9.3.1).
         """
         message = self._head(method, path, headers, len(body)), body
         while True:
@@ -58,7 +88,7 @@ class NodeClient:
             if connection is None:
                 connection = await self._connect()
             try:
-                return await connection.send(message, on_sent)
+                return await connection.send(message, deadline, on_sent)
             except _ClosedBeforeAnswerError as exc:
                 if fresh:
                     raise NodeError(f"node {self._name} closed the connection without an answer") from exc
@@ -67,6 +97,8 @@ class NodeClient:
         """Drop every connection, those in use included."""
         for connection in tuple(self._open):
             connection.abort()
+        if self._ticking is not None:
+            self._ticking.cancel()
 
     @property
     def open_connections(self) -> int:
@@ -93,13 +125,19 @@ class NodeClient:
             async with asyncio.timeout(self._connect_timeout_s):
                 _, connection = await loop.create_connection(lambda: _Connection(self), self._host, self._port)
         except TimeoutError as exc:
-            raise NodeTimeoutError(f"node {self._name} took no connection in {self._connect_timeout_s:g} s") from exc
+            raise NodeUnreachableError(
+                f"node {self._name} took no connection in {self._connect_timeout_s:g} s"
+            ) from exc
         except OSError as exc:
-            raise NodeError(f"node {self._name} cannot be reached: {exc.strerror or type(exc).__name__}") from exc
+            raise NodeUnreachableError(
+                f"node {self._name} cannot be reached: {exc.strerror or type(exc).__name__}"
+            ) from exc
         return connection
 
     def _opened(self, connection: "_Connection") -> None:
         self._open.add(connection)
+        if self._ticking is None:
+            self._tick()
 
     def _free(self, connection: "_Connection") -> None:
         connection.idle_since = time.monotonic()
@@ -109,6 +147,13 @@ class NodeClient:
         self._open.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        for connection in tuple(self._open):
+            connection.look(now)
+        later = asyncio.get_running_loop().call_later(_TICK_S, self._tick) if self._open else None
+        self._ticking = later
 
     @property
     def name(self) -> str:
@@ -156,35 +201,42 @@ class Answer:
         """The first value of a header; `name` in lower case."""
         return next((value for key, value in self.headers if key == name), None)
 
-    async def chunk(self) -> bytes:
+    async def chunk(self, deadline: Deadline | None = None) -> bytes:
         """What has come since the last call, at least one byte; b"" at the end of the body.
 
-        Raises NodeBrokeOffError when the node does not finish its answer.
+        `deadline` replaces the one in force. Raises NodeBrokeOffError when the node does not finish its answer.
         """
         if self._loaded:
             loaded, self._loaded = self._loaded, b""
             return loaded
+        if deadline is not None and self._connection is not None:
+            self._connection.deadline = deadline
         return await self._read()
 
     async def load(self) -> bytes:
         """All of the body. It stays, for `chunk` or another `load`."""
-        chunks = [self._loaded]
-        while data := await self._read():
-            chunks.append(data)
-        self._loaded = b"".join(chunks)
+        data = await self._read()
+        if data:
+            chunks = [self._loaded, data]
+            while data := await self._read():
+                chunks.append(data)
+            self._loaded = b"".join(chunks)
         return self._loaded
 
-    async def pipe(self, write: Callable[[bytes], None], silence_s: float) -> None:
-        """Give all that is left to `write`, as it comes and without waking a task for it.
+    async def pipe(self, sink: "Sink") -> None:
+        """Give all that is left to `sink`, as it comes and without waking a task for it.
 
-        Raises NodeBrokeOffError, or TimeoutError when nothing comes for `silence_s` (at most twice that).
+        Raises NodeBrokeOffError; NodeTimeoutError when nothing comes for `sink.silence_s`; ClientStalledError when
+        the sink has been full for `sink.stall_s`.
         """
-        if self._loaded:
-            write(self._loaded)
-            self._loaded = b""
-        if self._connection is not None:
-            await self._connection.pipe(write, silence_s)
+        if self._connection is None:
+            error = sink.write([self._loaded] if self._loaded else [], ended=True)
+            if error is not None:
+                raise error
+        else:
+            await self._connection.pipe(sink, self._loaded)
             self._connection = None
+        self._loaded = b""
 
     def pause(self) -> None:
         if self._connection is not None:
@@ -209,6 +261,38 @@ class Answer:
             self._connection = None
 
 
+class Sink:
+    """Where an answer's bytes go as they come.
+
+    `frames` is called, where it is not None, with bytes that are whole chunks in HTTP's chunked coding already; what
+    it does not want (it returns False), and all else, comes to `write` as pieces of the body. The error that `write`
+    returns, if any, ends the answer.
+    """
+
+    __slots__ = ("deadline", "frames", "silence_s", "stall_s", "write")
+
+    def __init__(
+        self,
+        write: "SinkWrite",
+        frames: Callable[[bytes], bool] | None,
+        deadline: Deadline,
+        *,
+        silence_s: float,
+        stall_s: float,
+    ) -> None:
+        self.write = write
+        self.frames = frames
+        self.deadline = deadline
+        self.silence_s = silence_s
+        self.stall_s = stall_s
+
+
+class SinkWrite(Protocol):
+    """Takes pieces of a body; `ended` comes once, with the last of them."""
+
+    def __call__(self, pieces: Sequence[bytes], *, ended: bool) -> Exception | None: ...
+
+
 class _ClosedBeforeAnswerError(Exception):
     """The node closed the connection before the first byte of an answer."""
 
@@ -216,19 +300,22 @@ class _ClosedBeforeAnswerError(Exception):
 class _Connection(asyncio.Protocol):
     """One connection; one request at a time. httptools calls the `on_…` methods."""
 
+    deadline: Deadline
+
     def __init__(self, client: NodeClient) -> None:
         self._client = client
         self._transport: asyncio.Transport | None = None
-        self.idle_since = 0.0
+        self._parser = httptools.HttpResponseParser(self)
+        self.idle_since = time.monotonic()
         self._waiter: asyncio.Future[None] | None = None
-        self._writable: asyncio.Future[None] | None = None
         self._reading = True
+        self._busy = False
         self._reset()
 
     def _reset(self) -> None:
-        self._parser = httptools.HttpResponseParser(self)
         self._headers: Headers = []
         self._header_bytes = 0
+        self._status = 0
         self._answering = False
         self._has_head = False
         self._has_length = False
@@ -237,18 +324,21 @@ class _Connection(asyncio.Protocol):
         self._error: Exception | None = None
         self._chunks: deque[bytes] = deque()
         self._buffered = 0
-        self._sink: Callable[[bytes], None] | None = None
+        self._sink: Sink | None = None
         self._heard = False
-        self._timer: asyncio.TimerHandle | None = None
+        self._heard_at = 0.0
+        self._between_chunks = False
+        self._frames: Callable[[bytes], bool] | None = None
 
     # -- what NodeClient and Answer call
 
-    async def send(self, message: Iterable[bytes], on_sent: Callable[[], None]) -> Answer:
+    async def send(self, message: Iterable[bytes], deadline: Deadline, on_sent: Callable[[], None]) -> Answer:
         assert self._transport is not None  # noqa: S101  made by create_connection
         if self._transport.is_closing():
             raise _ClosedBeforeAnswerError
         self._reset()
         self._busy = True
+        self.deadline = deadline
         try:
             self._transport.writelines(message)
             on_sent()
@@ -260,7 +350,7 @@ class _Connection(asyncio.Protocol):
         if not self._has_head and self._error is not None:
             self.abort()
             raise self._error
-        return Answer(self, self._parser.get_status_code(), self._headers)
+        return Answer(self, self._status, self._headers)
 
     async def read(self) -> bytes:
         while not self._chunks:
@@ -276,23 +366,37 @@ class _Connection(asyncio.Protocol):
         self.resume()
         return data
 
-    async def pipe(self, write: Callable[[bytes], None], silence_s: float) -> None:
-        for chunk in self._chunks:
-            write(chunk)
-        self._chunks.clear()
+    async def pipe(self, sink: Sink, first: bytes) -> None:
+        if first:
+            self._chunks.appendleft(first)
         self._buffered = 0
-        self._heard, self._sink = True, write
-        self._listen(silence_s)
+        self._sink, self.deadline = sink, sink.deadline
+        self._heard_at = time.monotonic()
+        self._deliver()
         try:
             while not self._complete and self._error is None:
                 await self._something_new()
         finally:
-            self._sink = None
-            if self._timer is not None:
-                self._timer.cancel()
+            self._sink = self._frames = None
         if not self._complete and self._error is not None:
             raise self._error
         self._finish()
+
+    def look(self, now: float) -> None:
+        """Is it late, silent, or idle for too long?"""
+        if not self._busy:
+            if now - self.idle_since > _KEEP_IDLE_S:
+                self.abort()
+            return
+        if self._sink is not None:
+            if self._heard:
+                self._heard, self._heard_at = False, now
+            elif self._reading and now - self._heard_at > self._sink.silence_s:
+                self._give_up(NodeTimeoutError(f"{self._node} fell silent for {self._sink.silence_s:g} s"))
+            elif not self._reading and now - self._heard_at > self._sink.stall_s:
+                self._give_up(ClientStalledError(f"the client took nothing for {self._sink.stall_s:g} s"))
+        if now > self.deadline.at:
+            self._give_up(NodeTimeoutError(f"{self._node} did not {self.deadline.what} in {self.deadline.seconds:g} s"))
 
     def pause(self) -> None:
         if self._reading and self._transport is not None and not self._transport.is_closing():
@@ -301,7 +405,7 @@ class _Connection(asyncio.Protocol):
 
     def resume(self) -> None:
         if not self._reading and self._transport is not None and not self._transport.is_closing():
-            self._reading = True
+            self._reading = self._heard = True  # the silence until now was ours
             self._transport.resume_reading()
 
     def abort(self) -> None:
@@ -316,20 +420,26 @@ class _Connection(asyncio.Protocol):
         self._client._opened(self)  # noqa: SLF001  the two classes are one unit
 
     def data_received(self, data: bytes) -> None:
+        frames = self._frames
+        if frames is not None and _are_whole_frames(data) and frames(data):
+            self._heard = True  # the parser stands between two chunks, before and after
+            return
         if not self._busy or self._complete:
-            self._fail(NodeBrokeOffError(f"node {self._client.name} sent bytes nobody asked for"))
+            self._fail(NodeBrokeOffError(f"{self._node} sent bytes nobody asked for"))
             self.abort()
             return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self._fail(NodeError(f"node {self._client.name} wants to switch protocols"))
+            self._fail(NodeError(f"{self._node} wants to switch protocols"))
         except (httptools.HttpParserError, httptools.HttpParserCallbackError) as exc:
             self._fail(self._not_http(exc))
-        if self._sink is not None and not self._complete and self._error is None:
-            self._heard = True
-            return
-        if self._buffered > _HIGH_WATER:
+        self._between_chunks = self._between_chunks and data.endswith(b"\r\n")
+        if self._sink is not None:
+            self._deliver()
+            if not self._complete and self._error is None:
+                return
+        elif self._buffered > _HIGH_WATER:
             self.pause()
         self._wake()
 
@@ -337,6 +447,8 @@ class _Connection(asyncio.Protocol):
         self._client._lost(self)  # noqa: SLF001
         if self._has_head and not self._has_length and exc is None:
             self._complete = True  # a body without a length ends with the connection
+            if self._sink is not None:
+                self._deliver()
         elif not self._complete:
             self._fail(self._broke_off())
         self._wake()
@@ -360,7 +472,7 @@ class _Connection(asyncio.Protocol):
         self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        status = self._parser.get_status_code()
+        status = self._status = self._parser.get_status_code()
         if status < 200:
             self._headers, self._header_bytes = [], 0  # 100, 102, 103: the answer is still to come
             return
@@ -369,10 +481,13 @@ class _Connection(asyncio.Protocol):
         self._has_head = True
         self._keep_alive = self._parser.should_keep_alive()  # the parser forgets with the end of the message
 
+    def on_chunk_header(self) -> None:
+        self._between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        self._between_chunks = True
+
     def on_body(self, data: bytes) -> None:
-        if self._sink is not None:
-            self._sink(data)
-            return
         self._chunks.append(data)
         self._buffered += len(data)
 
@@ -382,14 +497,25 @@ class _Connection(asyncio.Protocol):
 
     # -- inside
 
-    def _listen(self, silence_s: float) -> None:
-        """Has anything come since the last time? A paused reader makes its node wait, which is no silence."""
-        if not self._heard and self._reading:
-            self._fail(TimeoutError(f"nothing in {silence_s:g} s"))
-            self._wake()
-            return
-        self._heard = False
-        self._timer = asyncio.get_running_loop().call_later(silence_s, self._listen, silence_s)
+    def _deliver(self) -> None:
+        """To the sink with what has come."""
+        assert self._sink is not None  # noqa: S101  asked by the callers
+        self._heard = True
+        if self._chunks or self._complete:
+            pieces = tuple(self._chunks)
+            self._chunks.clear()
+            self._buffered = 0
+            error = self._sink.write(pieces, ended=self._complete)
+            if error is not None:
+                self._complete = False  # for us it is not
+                self._give_up(error)
+        healthy = not self._complete and self._error is None
+        self._frames = self._sink.frames if self._between_chunks and healthy else None
+
+    def _give_up(self, error: Exception) -> None:
+        self._fail(error)
+        self.abort()
+        self._wake()
 
     async def _something_new(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
@@ -412,18 +538,39 @@ class _Connection(asyncio.Protocol):
             self._transport.close()
 
     def _fail(self, error: Exception) -> None:
+        self._frames = None
         if self._error is None:
             self._error = error
 
+    @property
+    def _node(self) -> str:
+        return f"node {self._client.name}"
+
     def _not_http(self, exc: Exception) -> NodeError:
         kind = NodeBrokeOffError if self._has_head else NodeError
-        error = kind(f"node {self._client.name} sent something that is not HTTP/1.1")
+        error = kind(f"{self._node} sent something that is not HTTP/1.1")
         error.__cause__ = exc
         return error
 
     def _broke_off(self) -> Exception:
         if self._has_head:
-            return NodeBrokeOffError(f"node {self._client.name} closed the connection in the middle of its answer")
+            return NodeBrokeOffError(f"{self._node} closed the connection in the middle of its answer")
         if self._answering:
-            return NodeError(f"node {self._client.name} closed the connection in the middle of its answer's head")
+            return NodeError(f"{self._node} closed the connection in the middle of its answer's head")
         return _ClosedBeforeAnswerError()
+
+
+def _are_whole_frames(data: bytes) -> bool:
+    """Nothing but whole chunks in chunked coding, none of them the last: passed on as they are, they stay right.
+
+    Strict on purpose (no extensions, no leading zeros): what it does not know, the parser judges.
+    """
+    start, length = 0, len(data)
+    while start < length:
+        head = _FRAME.match(data, start)
+        if head is None:
+            return False
+        start = head.end() + int(head[1], 16) + 2
+        if data[start - 2 : start] != b"\r\n":
+            return False
+    return start == length

@@ -42,6 +42,7 @@ def pair(_pair: tuple[Sim, Sim, Proxy]) -> Iterator[tuple[Sim, Sim, Proxy]]:
     for node in (prefill, decode):
         node.control()
     proxy.until_usable(2)
+    proxy.until_at_rest()  # a release that is still being tried would meet the next test's fault
     yield _pair
     for node in (prefill, decode):
         node.control()

@@ -23,9 +23,9 @@ MODEL = "tiny"
 PATIENCE_S = 60
 """A limit for hopeless waits, not a measure: tests wait for states."""
 
-# Below the ephemeral range, clear of the defaults; a run starts anywhere in it so that two runs seldom meet.
-_PORTS = itertools.cycle(range(10_000, 20_000))
-for _ in range(random.randrange(10_000)):  # noqa: S311
+# Below the ephemeral range, clear of pd-launch's own ranges; a run starts anywhere in it so that two seldom meet.
+_PORTS = itertools.cycle(range(10_000, 18_900))
+for _ in range(random.randrange(8_900)):  # noqa: S311
     next(_PORTS)
 
 
@@ -163,12 +163,21 @@ class Proxy:
             lambda: sum(node["usable"] for node in self.health()["nodes"]) == nodes, f"{nodes} usable nodes in /health"
         )
 
+    def until_at_rest(self) -> None:
+        """Nothing in flight, nothing still to be given back."""
+        busy = ("pd_requests_in_flight", "pd_releases_pending", "pd_node_in_flight")
+        wait_until(lambda: not any(self.metric(series) for series in busy), "the proxy to come to rest")
+
 
 @contextmanager
 def proxy_in_front_of(
-    *nodes: Sim, flags: Sequence[str] = (), env: Mapping[str, str] | None = None, wait: bool = True
+    *nodes: Sim,
+    flags: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    wait: bool = True,
+    probe: bool = True,
 ) -> Iterator[Proxy]:
-    """Started with the flags of vLLM's example proxy."""
+    """Started with the flags of vLLM's example proxy. `probe`: wait until it answers (it speaks no TLS here)."""
     port = free_port()
     command = [sys.executable, "-P", "-m", "proxy.cli", "--port", str(port), *flags]
     for node in nodes:
@@ -176,8 +185,9 @@ def proxy_in_front_of(
         command += [f"--{node.role}", node.url, *bootstrap_port]
     with running(command, env) as process:
         proxy = Proxy(f"http://127.0.0.1:{port}", process)
-        wait_until(lambda: httpx.get(f"{proxy.url}/health"), "the proxy")
-        if wait:
+        if probe:
+            wait_until(lambda: httpx.get(f"{proxy.url}/health"), "the proxy")
+        if probe and wait:
             proxy.until_usable(len(nodes))
         yield proxy
 

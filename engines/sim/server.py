@@ -93,11 +93,15 @@ class SimNode:
         raw = await request.body()
         self._remember(request, raw)
         if kind == "status":
+            if openai.is_released_by_refusal(self.faults.status, "InternalServerError"):
+                self._release(_transfer_params(raw))
             return _error("simulated failure", "InternalServerError", self.faults.status, headers=self.faults.headers)
         if kind == "drop":
             request.scope["sim.transport"].abort()
         if kind in ("hang", "drop"):
             await _until_gone(request)
+            if kind == "hang":  # the engine had it, and aborts it
+                self._release(_transfer_params(raw))
             return Response(status_code=499)
         try:
             body = orjson.loads(raw)
@@ -461,6 +465,13 @@ async def _closing(stream: AsyncIterator[bytes], stack: AsyncExitStack) -> Async
 async def _quiet(work: Any) -> None:
     with contextlib.suppress(TransferError):
         await work
+
+
+def _transfer_params(raw: bytes) -> JSONObject:
+    try:
+        return orjson.loads(raw).get("kv_transfer_params") or {}
+    except (orjson.JSONDecodeError, AttributeError):
+        return {}
 
 
 def _in_dialect(dialect: Dialect, answer: Response, stream: bool) -> Response:  # noqa: FBT001

@@ -1,11 +1,12 @@
-"""`make bench`: CPU of the proxy for a request and for a chunk, side by side with its peers.
+"""`make bench`: what a proxy costs, side by side with its peers.
 
-    python -m tests.bench [--rounds N] [--router PATH] [--scale SHARE] [--json FILE]
+    python -m tests.bench [--install] [--example PATH] [--rounds N] [--scale SHARE] [--json FILE] [--chart FILE]
 
-Mock nodes (`mock_node.py`), a byte relay (the floor), pd-proxy, and vllm-router when `--router` names its program or
-it is on the path. Every round runs every system on every load, in turn and then in reverse order; the table shows
-medians over the rounds of figures and of ratios to vllm-router, with their spread. CPU is read from the process of the
-proxy alone (user and system, all threads and children). Proxy on the second core, load and nodes on the first.
+Mock nodes (`mock_node.py`), the decode node asked directly (the floor of every latency), a byte relay (the floor of
+this event loop), pd-proxy, and the peers that are there (`peers.py`). Every round puts every load on every system, in
+turn and then in reverse order; the table shows medians over the rounds, and of their ratios to vllm-router with the
+spread. CPU is read from the process of the proxy alone (user and system, all threads and children). Proxies run on the
+second core, load and nodes on the first.
 
 CPU a request and a chunk are a two-point fit: streams of few and of many chunks, the rest being equal.
 """
@@ -14,14 +15,12 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,45 +29,16 @@ import psutil
 
 from tests.processes import ROOT, free_port, wait_until
 
-HERE = Path(__file__).parent
+from . import peers
+from .peers import HERE, Nodes, System
+
 PROMPT_BYTES = 2048
 FEW, MANY = 2, 102
 STREAMS = (32, 128, 512)
+CROWD = 2000
+BASE = "vllm-router"
 
-
-@dataclass(frozen=True)
-class Nodes:
-    """Ports of the mock prefill node, its bootstrap server, and the mock decode node."""
-
-    prefill: int
-    bootstrap: int
-    decode: int
-
-
-@dataclass(frozen=True)
-class System:
-    """A proxy under test."""
-
-    name: str
-    command: Sequence[str]
-    port: int
-    health: str | None
-
-
-def systems(nodes: Nodes, router: str | None) -> list[System]:
-    python = sys.executable
-    relay, ours, theirs = free_port(), free_port(), free_port()
-    pair = ["--prefill", f"http://127.0.0.1:{nodes.prefill}", str(nodes.bootstrap)]
-    pair += ["--decode", f"http://127.0.0.1:{nodes.decode}"]
-    found = [
-        System("relay", [python, str(HERE / "relay.py"), str(relay), str(nodes.decode)], relay, None),
-        System("pd-proxy", [python, "-P", "-m", "proxy.cli", "--port", str(ours), *pair], ours, "/health"),
-    ]
-    if router:
-        flags = ["--vllm-pd-disaggregation", "--kv-connector", "mooncake", "--policy", "round_robin"]
-        flags += ["--host", "127.0.0.1", "--port", str(theirs), "--prometheus-port", str(free_port())]
-        found.append(System("vllm-router", [router, *flags, *pair], theirs, "/health"))
-    return found
+Figures = dict[str, float]
 
 
 @contextlib.contextmanager
@@ -86,38 +56,62 @@ def running(command: Sequence[str], core: int) -> Iterator[psutil.Process]:
         child.wait()
 
 
-def cpu_s(process: psutil.Process) -> float:
-    """Of the whole tree, from its schedulers' own accounts (nanoseconds, where `times` has ticks of 10 ms)."""
-    total = 0
-    for member in (process, *process.children(recursive=True)):
-        for task in Path(f"/proc/{member.pid}/task").iterdir():
+class Target:
+    """A system with its process, if it has one of its own."""
+
+    def __init__(self, system: System, process: psutil.Process | None) -> None:
+        self.name = system.name
+        self.port = system.port
+        self._process = process
+
+    def is_up(self) -> bool:
+        body = {"model": "tiny", "max_tokens": 1, "stream": True, "messages": [{"role": "user", "content": "x"}]}
+        answer = httpx.post(f"http://127.0.0.1:{self.port}/v1/chat/completions", json=body, timeout=5)
+        return answer.is_success and "data:" in answer.text
+
+    def cpu_s(self) -> float:
+        """Of the whole tree, from its schedulers' own accounts (nanoseconds, where `times` has ticks of 10 ms)."""
+        total = 0
+        for member in self._members():
             with contextlib.suppress(OSError):
-                total += int((task / "schedstat").read_text().split()[0])
-    return total / 1e9
+                for task in Path(f"/proc/{member.pid}/task").iterdir():
+                    total += int((task / "schedstat").read_text().split()[0])
+        return total / 1e9
+
+    def rss_mb(self) -> float:
+        return sum(member.memory_info().rss for member in self._members()) / 1e6
+
+    def _members(self) -> list[psutil.Process]:
+        return [] if self._process is None else [self._process, *self._process.children(recursive=True)]
 
 
 def load(port: int, mode: str, clients: int, requests: int, tokens: int, prompt_bytes: int = PROMPT_BYTES) -> Any:  # noqa: PLR0913, PLR0917
-    command = ["taskset", "-c", "0", sys.executable, str(HERE / "load.py"), str(port), mode]
-    command += [str(number) for number in (clients, requests, tokens, prompt_bytes)]
+    command = [*_loading(port, mode, clients, requests, tokens), str(prompt_bytes)]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return json.loads(result.stdout)
 
 
-def measure(system: System, process: psutil.Process, *, scale: float) -> dict[str, float]:
+def _loading(port: int, mode: str, clients: int, requests: int, tokens: int) -> list[str]:
+    program = ["taskset", "-c", "0", sys.executable, str(HERE / "load.py"), str(port), mode]
+    return [*program, *(str(number) for number in (clients, requests, tokens))]
+
+
+def measure(target: Target, scale: float) -> Figures:
     """One round of every load on one system."""
+    found: Figures = {}
+    errors = 0
 
     def cost(*args: Any) -> tuple[float, Any]:
-        before = cpu_s(process)
-        figures = load(system.port, *args)
-        return cpu_s(process) - before, figures
+        nonlocal errors
+        before = target.cpu_s()
+        figures = load(target.port, *args)
+        errors += figures["errors"]
+        return target.cpu_s() - before, figures
 
-    found: dict[str, float] = {}
-    load(system.port, "stream", 16, 64, FEW)  # warm
-    errors = 0
+    cost("stream", 16, 64, FEW)  # warm
     requests = int(3000 * scale)
-    spent, figures = cost("whole", 16, requests, 1)
+    spent, _ = cost("whole", 16, requests, 1)
     found["µs a whole answer"] = spent / requests * 1e6
-    errors += figures["errors"]
     for streams in STREAMS:
         rounds = max(1, int(1024 * scale / streams)) * streams
         few, one = cost("stream", streams, rounds, FEW)
@@ -125,68 +119,105 @@ def measure(system: System, process: psutil.Process, *, scale: float) -> dict[st
         a_chunk = (many - few) / (other["chunks"] - one["chunks"])
         found[f"µs a chunk, {streams} streams"] = a_chunk * 1e6
         found[f"µs a stream's request, {streams}"] = (few / rounds - FEW * a_chunk) * 1e6
-        found[f"ms late p50, {streams}"] = other["late_p50"]
-        found[f"ms late p99, {streams}"] = other["late_p99"]
-        found[f"ms TTFT p50, {streams}"] = other["ttft_p50"]
-        found[f"ms TTFT p99, {streams}"] = other["ttft_p99"]
-        errors += one["errors"] + other["errors"]
+        for figure, word in (("ttft", "TTFT"), ("late", "chunk late")):
+            for share in ("p50", "p99"):
+                found[f"ms {word} {share}, {streams}"] = other[f"{figure}_{share}"]
+    found["answers a second, 256 clients"] = _throughput(target, int(6000 * scale))
+    found[f"RSS MB, {CROWD} streams"], crowd_errors = _crowd(target)
     for size in (1, 5):
-        spent, figures = cost("stream", 2, int(60 * scale) or 2, FEW, size * 1_000_000)
-        found[f"ms a prompt of {size} MB"] = spent / figures["requests"] * 1e3
-        errors += figures["errors"]
-    found["RSS MB"] = sum(m.memory_info().rss for m in (process, *process.children(recursive=True))) / 1e6
-    found["errors"] = errors
+        times = max(4, int(40 * scale / size))
+        spent, _ = cost("whole", 2, times, 1, size * 2**20)
+        found[f"ms a prompt of {size} MB"] = spent / times * 1e3
+    found["errors"] = errors + crowd_errors
     return found
 
 
+def _throughput(target: Target, requests: int) -> float:
+    figures = load(target.port, "whole", 256, requests, 1)
+    return float(figures["requests"] / figures["seconds"])
+
+
+def _crowd(target: Target) -> tuple[float, int]:
+    """The largest memory seen while so many streams run at once, and how many of them failed."""
+    most = 0.0
+    command = [*_loading(target.port, "stream", CROWD, CROWD, 200), str(PROMPT_BYTES)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as child:
+        while child.poll() is None:
+            most = max(most, target.rss_mb())
+            time.sleep(0.2)
+        assert child.stdout is not None
+        figures = json.loads(child.stdout.read())
+    return most, figures["errors"] + CROWD - figures["requests"]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--install", action="store_true", help="put the peers into an environment of their own first")
+    parser.add_argument("--example", type=Path, metavar="PATH", help="vLLM's example proxy, to be measured too")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--router", default=shutil.which("vllm-router"))
     parser.add_argument("--scale", type=float, default=1.0, help="share of the requests of a full run")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write every round's figures here")
+    parser.add_argument("--chart", type=Path, help="write a PNG here")
     options = parser.parse_args()
-    nodes = Nodes(free_port(), free_port(), free_port())
-    mock = [sys.executable, str(HERE / "mock_node.py")]
-    results: dict[str, list[dict[str, float]]] = {}
-    with contextlib.ExitStack() as stack:
-        for ports in ((nodes.prefill, nodes.bootstrap), (nodes.decode, 0)):
-            stack.enter_context(running([*mock, *map(str, ports)], 0))
-        tested = systems(nodes, options.router)
-        processes = {system.name: stack.enter_context(running(system.command, 1)) for system in tested}
-        for system in tested:
-            wait_until(lambda s=system: is_up(s), system.name)  # type: ignore[misc]
-        for number in range(options.rounds):
-            for system in tested if number % 2 == 0 else reversed(tested):
-                started = time.monotonic()
-                results.setdefault(system.name, []).append(measure(system, processes[system.name], scale=options.scale))
-                print(f"round {number + 1} {system.name} {time.monotonic() - started:.0f} s", file=sys.stderr)  # noqa: T201
+    if options.install:
+        peers.install()
+    results = run(options.rounds, options.scale, options.example)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
     show(results)
+    if options.chart:
+        from .chart import draw  # noqa: PLC0415  its library is needed for nothing else
+
+        draw(results, options.chart)
 
 
-def is_up(system: System) -> bool:
-    if system.health is None:
-        return True
-    return httpx.get(f"http://127.0.0.1:{system.port}{system.health}").is_success
+def run(rounds: int, scale: float, example: Path | None) -> dict[str, list[Figures]]:
+    nodes = Nodes(free_port(), free_port(), free_port())
+    mock = [sys.executable, str(HERE / "mock_node.py")]
+    results: dict[str, list[Figures]] = {}
+    with contextlib.ExitStack() as stack:
+        for ports in ((nodes.prefill, nodes.bootstrap), (nodes.decode, 0)):
+            stack.enter_context(running([*mock, *map(str, ports)], 0))
+        targets = []
+        for system in peers.systems(nodes, example):
+            process = stack.enter_context(running(system.command, 1)) if system.command else None
+            target = Target(system, process)
+            try:
+                wait_until(target.is_up, system.name, patience_s=30)
+            except AssertionError:
+                print(f"{system.name} does not answer, and is left out", file=sys.stderr)  # noqa: T201
+                continue
+            targets.append(target)
+        for number in range(rounds):
+            for target in targets if number % 2 == 0 else reversed(targets):
+                started = time.monotonic()
+                results.setdefault(target.name, []).append(measure(target, scale))
+                print(f"round {number + 1} {target.name} {time.monotonic() - started:.0f} s", file=sys.stderr)  # noqa: T201
+    return results
 
 
-def show(results: dict[str, list[dict[str, float]]]) -> None:
+def show(results: dict[str, list[Figures]]) -> None:
+    """The table, as Markdown."""
     names = list(results)
-    base = "vllm-router" if "vllm-router" in names else None
-    head = ["", *names, *([f"pd-proxy / {base}"] if base else [])]
-    rows = [head]
+    head = ["", *names, *([f"pd-proxy / {BASE}"] if BASE in names else [])]
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))  # noqa: T201
     for figure in results["pd-proxy"][0]:
-        row = [figure, *(f"{statistics.median(r[figure] for r in results[name]):.1f}" for name in names)]
-        if base:
-            pairs = zip(results["pd-proxy"], results[base], strict=True)
-            ratios = [ours[figure] / theirs[figure] for ours, theirs in pairs if theirs[figure]]
-            row.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else "")
-        rows.append(row)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))  # noqa: T201
+        row = [figure, *(_median(results[name], figure) for name in names)]
+        if BASE in names:
+            row.append(ratio(results, figure))
+        print("| " + " | ".join(row) + " |")  # noqa: T201
+
+
+def _median(rounds: list[Figures], figure: str) -> str:
+    middle = statistics.median(found[figure] for found in rounds)
+    return f"{middle:.0f}" if middle >= 100 else f"{middle:.1f}"
+
+
+def ratio(results: dict[str, list[Figures]], figure: str) -> str:
+    """Ours to the base's, round by round: median (lowest-highest)."""
+    pairs = zip(results["pd-proxy"], results[BASE], strict=True)
+    ratios = [ours[figure] / theirs[figure] for ours, theirs in pairs if theirs[figure]]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ chunks, errors, seconds, TTFT and ITL percentiles in ms (an ITL is how late a ch
 import asyncio
 import json
 import re
+import resource
 import sys
 import time
 
@@ -104,6 +105,8 @@ async def main() -> None:
     port, mode = int(sys.argv[1]), sys.argv[2]
     clients, requests, tokens, prompt_bytes = map(int, sys.argv[3:7])
     run = Run(mode, clients, requests, tokens, prompt_bytes)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     loop = asyncio.get_running_loop()
     started = time.monotonic()
     for _ in range(clients):

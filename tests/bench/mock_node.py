@@ -6,6 +6,7 @@ Each chunk carries the time it was written (`"t"`, seconds of the machine's mono
 
 import asyncio
 import re
+import resource
 import sys
 import time
 
@@ -101,6 +102,8 @@ async def step_for_ever() -> None:
 
 
 async def main() -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     loop = asyncio.get_running_loop()
     for port in filter(None, map(int, sys.argv[1:])):
         await loop.create_server(Node, "127.0.0.1", port, backlog=4096)

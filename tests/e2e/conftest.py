@@ -15,14 +15,18 @@ START_PATIENCE_S = 900
 
 @pytest.fixture(scope="session")
 def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """`pd-launch up` with the example's configuration. Its end is part of the test: nothing may be left."""
+    """`pd-launch up` with the example's configuration, and a second decode node for what must survive the death of one.
+
+    Its end is part of the test: nothing may be left.
+    """
     # A transfer timeout longer than any test's patience: what is free again was released, and did not expire.
     flags = ["--config", str(ROOT / "examples" / "cpu-1p1d.yaml"), "--transfer-timeout-s", "600"]
+    flags += ["--decode", "2", "--proxy-args=--decode-silence-timeout-s", "--proxy-args=20"]
     shared_before = set(os.listdir("/dev/shm"))  # noqa: PTH208
-    with up(tmp_path_factory.mktemp("real"), *flags) as run:
+    with up(tmp_path_factory.mktemp("real"), *flags, nodes=3) as run:
         run.until("Ready:", START_PATIENCE_S)
-        children = run.descendants()
         yield run
+        children = run.descendants()
         assert run.end() == 0
     alive = [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert alive == []

@@ -11,7 +11,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.launched import own_ports, run_to_end, up
+from tests.launched import Up, own_ports, run_to_end, up
 from tests.processes import PATIENCE_S, free_port, free_range, metric, wait_until
 
 SIM = ("--engine", "sim", "--model", "tiny")
@@ -102,8 +102,53 @@ def test_a_node_that_never_gets_ready_is_given_up(tmp_path: Path) -> None:
     assert "was not ready after 0.05 s" in run.output
 
 
-def test_it_goes_on_without_a_node_that_has_a_twin_and_stops_without_the_last(tmp_path: Path) -> None:
+def node_of(run: Up, name: str) -> psutil.Process:
+    return next(child for child in run.descendants() if child.environ().get("PD_LAUNCH_NODE") == name)
+
+
+def test_a_node_that_dies_is_started_again_and_used_in_its_new_life(tmp_path: Path) -> None:
+    with up(tmp_path, *SIM) as run:
+        run.until("Ready:", PATIENCE_S)
+        for name in ("prefill-0", "decode-0"):
+            node_of(run, name).kill()
+            run.until(f"{name} ended: killed by SIGKILL", PATIENCE_S)
+            run.until(f"{name} is ready again.", PATIENCE_S)
+            wait_until(lambda: httpx.get(f"{run.url}/health").json()["status"] == "ok", "the proxy to use it")
+            answer = httpx.post(f"{run.url}/v1/completions", json={"prompt": "hello"})
+            assert answer.headers["x-pd-path"] == "disaggregated"
+
+
+def test_the_proxy_is_started_again_too(tmp_path: Path) -> None:
+    with up(tmp_path, *SIM) as run:
+        run.until("Ready:", PATIENCE_S)
+        node_of(run, "proxy").kill()
+        run.until("proxy is ready again.", PATIENCE_S)
+        wait_until(lambda: httpx.post(f"{run.url}/v1/completions", json={"prompt": "hello"}).is_success, "an answer")
+
+
+def test_a_node_that_keeps_dying_is_given_up(tmp_path: Path) -> None:
+    """Its port is taken by somebody else as soon as it is free."""
     with up(tmp_path, *SIM, "--decode", "2", nodes=3) as run:
+        run.until("Ready:", PATIENCE_S)
+        address = run.nodes("decode")[1].removeprefix("http://").split(":")
+        node_of(run, "decode-1").kill()
+        run.until("Starting decode-1 again", PATIENCE_S)
+        thief = wait_until(lambda: _listener((address[0], int(address[1]))), "the port")
+        with thief:
+            run.until("It has ended 5 times", 3 * PATIENCE_S)
+            run.until("Going on without it.", PATIENCE_S)
+        assert httpx.post(f"{run.url}/v1/completions", json={"prompt": "hello"}).is_success
+
+
+def _listener(address: tuple[str, int]) -> socket.socket | None:
+    try:
+        return socket.create_server(address)
+    except OSError:
+        return None
+
+
+def test_it_goes_on_without_a_node_that_has_a_twin_and_stops_without_the_last(tmp_path: Path) -> None:
+    with up(tmp_path, *SIM, "--no-restart", "--decode", "2", nodes=3) as run:
         run.until("Ready:", PATIENCE_S)
         nodes = {node.environ()["PD_LAUNCH_NODE"]: node for node in run.descendants()}
         nodes["decode-1"].kill()

@@ -9,14 +9,14 @@ import pytest
 
 from engines.base import Rank, Role
 from engines.topology import Node, Topology
-from proxy.background import Background
+from proxy.admission import Admission
 from proxy.config import ProxySettings
 from proxy.exchange import DataPlane, Exchange, Request
+from proxy.failover import RetryBudget
 from proxy.metrics import Metrics
 from proxy.pool import Pool
 from proxy.release import Releaser
-from proxy.transfer import TransferWatch
-from proxy.transport import Headers, NodeClients
+from proxy.transport import Deadline, Headers, NodeClients
 
 PREFILLED = {"choices": [{"finish_reason": "length"}], "usage": {"prompt_tokens": 3}}
 
@@ -42,14 +42,21 @@ class Clients:
         self._role = node.spec.role
         return self
 
-    async def request(self, *_: Any, on_sent: Callable[[], None] | None = None) -> Any:
-        sent = cast("Callable[[], None]", _[4] if len(_) > 4 else on_sent)
+    async def request(self, *_: Any, deadline: Deadline, on_sent: Callable[[], None]) -> Any:
+        del deadline
         if self._role is Role.PREFILL:
             return Prefilled()
         if self._sends:
-            sent()
+            on_sent()
         self.at_decode.set()
         return await asyncio.Event().wait()
+
+
+class Client:
+    """A client that has not been answered."""
+
+    is_gone = False
+    started = False
 
 
 class Releases(Releaser):
@@ -74,18 +81,22 @@ async def leave_at_decode(*, sends: bool) -> tuple[list[Any], Pool]:
     pool = Pool(nodes)
     for node in pool:
         node.ready((Rank(0, "e"),), ())
+    settings = ProxySettings(topology=nodes)
     clients, releases = Clients(sends=sends), Releases()
-    watch = TransferWatch(pool, {})
     plane = DataPlane(
-        ProxySettings(topology=nodes), pool, cast("NodeClients", clients), Metrics(pool, watch), releases, Background(9)
+        settings,
+        pool,
+        cast("NodeClients", clients),
+        Metrics(),
+        releases,
+        Admission(settings, pool.has_room),
+        RetryBudget(),
     )
-    request = Request("/v1/completions", {"prompt": "x", "stream": True}, "id", [])
-    running = asyncio.create_task(Exchange(plane, request, cast("Any", None)).run())
+    request = Request("/v1/completions", {"prompt": "x", "stream": True}, "id", [], 60)
+    running = asyncio.create_task(Exchange(plane, request, cast("Any", Client())).run())
     await clients.at_decode.wait()
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
-    await plane.background.close()
-    await watch.close()
     return releases.released, pool
 
 

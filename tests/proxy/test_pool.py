@@ -53,7 +53,8 @@ def test_without_a_usable_node_the_error_says_why_of_each() -> None:
         node.failed("out of order")
     with pytest.raises(NoNodeError, match="d0: out of order; d1: out of order"):
         pool.choose(Role.DECODE)
-    assert not pool.can_serve()
+    assert not pool.has(Role.DECODE)
+    assert pool.has(Role.PREFILL)
 
 
 def test_an_empty_role_is_said_so() -> None:

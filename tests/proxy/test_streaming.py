@@ -79,7 +79,7 @@ def test_requests_sent_at_once_on_one_connection_are_answered_in_turn(prefill: S
     prompts = ["first one", "second one", "third one"]
     with connect(proxy) as client:
         client.sendall(b"".join(request(BODY | {"prompt": prompt}) for prompt in prompts))
-        answers = read_until(client, b"0\r\n\r\n", times=3)
+        answers = read_until(client, b'"kv_transfer_params":null}', times=3)
     places = []
     for prompt in prompts:
         alone = httpx.post(f"{prefill.url}/v1/completions", json=BODY | {"prompt": prompt}).json()
@@ -97,7 +97,7 @@ def test_a_body_may_come_slowly_and_in_chunks(prefill: Sim, proxy: Proxy) -> Non
             client.sendall(b"%x\r\n%b\r\n" % (len(piece), piece))
             time.sleep(0.01)
         client.sendall(b"0\r\n\r\n")
-        answer = read_until(client, b"0\r\n\r\n")
+        answer = read_until(client, b'"kv_transfer_params":null}')
     text = httpx.post(f"{prefill.url}/v1/completions", json=BODY).json()["choices"][0]["text"]
     assert json.dumps(text).encode() in answer
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.errors import NodeBrokeOffError, NodeError, NodeTimeoutError
-from proxy.transport import Answer, NodeClient
+from proxy.errors import NodeBrokeOffError, NodeError, NodeUnreachableError
+from proxy.transport import Answer, Deadline, NodeClient
 from tests.processes import free_port
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -73,7 +73,9 @@ async def read_request(reader: asyncio.StreamReader) -> bytes:
 
 
 async def ask(client: NodeClient, body: bytes = b"{}") -> Answer:
-    return await asyncio.wait_for(client.request(b"POST", b"/x", [(b"x-a", b"b")], body), 30)
+    return await asyncio.wait_for(
+        client.request(b"POST", b"/x", [(b"x-a", b"b")], body, deadline=Deadline(30, "answer")), 30
+    )
 
 
 async def ask_whole(client: NodeClient) -> tuple[int, bytes]:
@@ -241,7 +243,7 @@ def test_a_port_that_takes_no_connection_is_given_up() -> None:
                 for filler in fillers:
                     filler.close()
 
-    with pytest.raises(NodeTimeoutError, match="took no connection"):
+    with pytest.raises(NodeUnreachableError, match="took no connection"):
         asyncio.run(main())
 
 

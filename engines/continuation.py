@@ -1,0 +1,246 @@
+"""A stream that lost its node in the middle, continued on another: what was sent, and what is still to be asked for.
+
+The tokens sent are known exactly: the decode node is asked for them (`return_token_ids`), and they are taken out of its
+events before the client sees them. The rest is asked for as a completion of the prompt's and the sent tokens' ids, so
+with greedy sampling it is the rest that the lost node would have made. Source: vLLM 0.32, whose chunks always carry
+`token_ids`, null unless asked for.
+"""
+
+import re
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+
+from .base import JSONObject
+from .routes import CHAT, COMPLETIONS, Route
+
+_IDS = re.compile(rb'"token_ids":\[([0-9,]*)\]')
+_PROMPT_IDS = re.compile(rb'"prompt_token_ids":\[[0-9,]*\]')
+_FINISHED = b'"finish_reason":"'
+_REASONING = b'"reasoning":"'
+_END_OF_EVENT = b"\n\n"
+_END_OF_CHUNK = b"\n\n\r\n"
+_DONE = b"data: [DONE]"
+_ERROR = b'data: {"error"'
+_REMEMBERED_READS = 8
+_DEFAULT_COMPLETION_TOKENS = 16
+
+_CANNOT = (
+    "tools",
+    "functions",
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "logprobs",
+    "top_logprobs",
+    "prompt_logprobs",
+    "echo",
+    "suffix",
+    "stop",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "thinking_token_budget",
+)
+"""Fields whose meaning depends on what was generated before, or whose output has a place in the whole."""
+
+_CHAT_ONLY = frozenset(
+    {
+        "messages",
+        "max_completion_tokens",
+        "tool_choice",
+        "parallel_tool_calls",
+        "chat_template",
+        "chat_template_kwargs",
+        "add_generation_prompt",
+        "continue_final_message",
+        "documents",
+        "reasoning_effort",
+        "include_reasoning",
+        "mm_processor_kwargs",
+    }
+)
+
+
+def can_be_continued(route: Route, body: JSONObject) -> bool:
+    """Whether a stream of this request can go on elsewhere: plain text, one choice, known tokens."""
+    if route not in (CHAT, COMPLETIONS) or not body.get("stream"):
+        return False
+    options = body.get("stream_options") or {}
+    return not any(body.get(field) for field in _CANNOT) and not options.get("continuous_usage_stats")
+
+
+class SentTokens:
+    """Sees every byte of a stream on its way, and keeps what a continuation needs.
+
+    A client that did not ask for token ids does not get them: they are blanked, where they stand when the bytes are
+    chunks already (their lengths must stay right), else cut out.
+    """
+
+    def __init__(self, *, hide: bool) -> None:
+        self._hide = hide
+        self._rest = b""
+        self._reads: deque[bytes] = deque(maxlen=_REMEMBERED_READS)
+        self._ids: list[bytes] = []
+        self.first_event = b""
+        self.is_finished = False
+        """The choice has ended: all that can be missing is the usage, and the end mark."""
+        self.is_done = False
+        self.error: str | None = None
+        """What the node said when its engine died under it: an error as an event. The client does not see it."""
+        self._has_reasoning = False
+
+    def in_place(self, data: bytes) -> bytes | None:
+        """Whole events in HTTP chunks: the same bytes, as many of them. None when `feed` must look at them."""
+        if self._rest or _ERROR in data or not data.endswith(_END_OF_CHUNK):
+            return None
+        self._note(data)
+        return _IDS.sub(self._blanked if self._hide else self._kept, data)
+
+    def feed(self, data: bytes) -> bytes:
+        """All events that are complete now. What comes of an event before its end is kept until it is whole."""
+        if self.error is not None:
+            return b""
+        data = self._rest + data
+        end = data.rfind(_END_OF_EVENT) + len(_END_OF_EVENT)
+        if end < len(_END_OF_EVENT):
+            self._rest = data
+            return b""
+        whole, self._rest = data[:end], data[end:]
+        if _ERROR in whole:
+            whole, _, error = whole.partition(_ERROR)
+            self.error = (_ERROR + error).split(_END_OF_EVENT, 1)[0].decode("utf-8", "replace")
+        if not self.first_event:
+            self.first_event = whole.split(_END_OF_EVENT, 1)[0]
+        self._note(whole)
+        if not self._hide:
+            return _IDS.sub(self._kept, whole)
+        return _PROMPT_IDS.sub(b'"prompt_token_ids":null', _IDS.sub(self._cut, whole))
+
+    @property
+    def can_go_on(self) -> bool:
+        """What has been sent is enough to continue from."""
+        return bool(self.first_event) and not self._has_reasoning and self._tokens_without_text() is not None
+
+    def token_ids(self) -> list[int]:
+        """The tokens whose text has been sent. The last ones may have none yet (half a character): they come again."""
+        ids = [int(number) for chunk in self._ids for number in chunk.split(b",") if number]
+        without_text = self._tokens_without_text() or 0
+        return ids[: len(ids) - without_text]
+
+    def _note(self, data: bytes) -> None:
+        self._reads.append(data)
+        if _FINISHED in data:
+            self.is_finished = True
+        if _REASONING in data:
+            self._has_reasoning = True
+        if _DONE in data:
+            self.is_done = True
+
+    def _blanked(self, found: "re.Match[bytes]") -> bytes:
+        self._ids.append(found[1])
+        room = len(found[1]) + 2
+        return b'"token_ids":' + (b"null" if room >= 4 else b"[]").ljust(room)
+
+    def _cut(self, found: "re.Match[bytes]") -> bytes:
+        self._ids.append(found[1])
+        return b'"token_ids":null'
+
+    def _kept(self, found: "re.Match[bytes]") -> bytes:
+        self._ids.append(found[1])
+        return found[0]
+
+    def _tokens_without_text(self) -> int | None:
+        """At the end of what was sent; None when that goes further back than is remembered."""
+        count = 0
+        for read in reversed(self._reads):
+            for event in reversed(list(_events(read))):
+                if not event.get("choices"):
+                    continue
+                choice = event["choices"][0]
+                if choice.get("text") or (choice.get("delta") or {}).get("content"):
+                    return count
+                count += len(choice.get("token_ids") or ())
+        return count if len(self._reads) < _REMEMBERED_READS else None
+
+
+def continuation_body(
+    body: JSONObject, prompt: list[int], sent: list[int], max_model_len: int | None
+) -> JSONObject | None:
+    """The completions request that makes the rest; None when there is no rest. Raises ValueError when none is known."""
+    chat = "messages" in body
+    asked = body.get("max_completion_tokens") or body.get("max_tokens")
+    if asked is None and chat and max_model_len is None:
+        raise ValueError("nobody knows how long the answer may become")
+    most = asked or ((max_model_len or 0) - len(prompt) if chat else _DEFAULT_COMPLETION_TOKENS)
+    left = most - len(sent)
+    if left <= 0:
+        return None
+    rest = {key: value for key, value in body.items() if key not in _CHAT_ONLY}
+    rest |= {
+        "prompt": [*prompt, *sent],
+        "max_tokens": left,
+        "min_tokens": max(0, (body.get("min_tokens") or 0) - len(sent)),
+    }
+    return rest
+
+
+class Joint:
+    """Makes the events of a continuation look like those of the stream they continue."""
+
+    def __init__(self, body: JSONObject, first_event: bytes, usage: JSONObject, sent: int) -> None:
+        """`usage`: prompt tokens and their details, as the first stream's would have been; `sent`: tokens so far."""
+        head = orjson.loads(first_event.removeprefix(b"data: "))
+        self._head = {key: head[key] for key in ("id", "object", "created", "model") if key in head}
+        self._chat = "messages" in body
+        self._asked_for_ids = bool(body.get("return_token_ids"))
+        self._wants_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        self._usage = usage
+        self._sent = sent
+
+    def joined(self, events: bytes) -> bytes:
+        """The same events, in the first stream's name; its end mark as it is."""
+        made = [self._event(event) for event in _events(events)]
+        if _DONE in events:
+            made.append(_DONE + _END_OF_EVENT)
+        return b"".join(made)
+
+    def ending(self, finish_reason: str | None, made: int) -> bytes:
+        """What is left to say when all tokens are there: perhaps how it ended, the usage if asked for, the end mark."""
+        said = []
+        if finish_reason is not None:
+            said.append(self._event({"choices": [{"index": 0, "text": "", "finish_reason": finish_reason}]}))
+        if self._wants_usage:
+            said.append(self._event({"choices": [], "usage": {"completion_tokens": made}}))
+        return b"".join([*said, _DONE + _END_OF_EVENT])
+
+    def _event(self, event: JSONObject) -> bytes:
+        joined: JSONObject = {**self._head, "choices": [self._choice(choice) for choice in event["choices"]]}
+        if event.get("usage"):
+            made = self._sent + event["usage"]["completion_tokens"]
+            total = self._usage["prompt_tokens"] + made
+            joined["usage"] = {**self._usage, "completion_tokens": made, "total_tokens": total}
+        return b"data: " + orjson.dumps(joined) + _END_OF_EVENT
+
+    def _choice(self, choice: JSONObject) -> JSONObject:
+        joined = {key: value for key, value in choice.items() if key not in ("text", "prompt_token_ids")}
+        joined["token_ids"] = choice.get("token_ids") if self._asked_for_ids else None
+        if self._chat:
+            joined.pop("prompt_logprobs", None)
+            return {**joined, "delta": {"content": choice.get("text", "")}}
+        return {**joined, "text": choice.get("text", "")}
+
+
+def _events(data: bytes) -> Iterator[Any]:
+    """The parsed JSON of every event in some bytes of a stream; HTTP's own chunk lines between them are passed over."""
+    for line in data.split(b"\n"):
+        if line.startswith(b"data: {"):
+            try:
+                yield orjson.loads(line[6:])
+            except orjson.JSONDecodeError:
+                continue

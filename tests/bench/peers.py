@@ -1,0 +1,78 @@
+"""The proxies that are measured, and where the others come from.
+
+Peers are installed in an environment of their own (`--install`), from PyPI, pinned; vLLM's example proxy is no
+package and is named by its path (`--example`).
+"""
+
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.processes import free_port
+
+HERE = Path(__file__).parent
+PINNED = ("vllm-router==0.1.17", "smg==1.13.0")
+ENVIRONMENT = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pd-launch" / "bench-peers"
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Ports of the mock prefill node, its bootstrap server, and the mock decode node."""
+
+    prefill: int
+    bootstrap: int
+    decode: int
+
+    @property
+    def urls(self) -> list[str]:
+        """The flags that all of these proxies share."""
+        prefill = ["--prefill", f"http://127.0.0.1:{self.prefill}", str(self.bootstrap)]
+        return [*prefill, "--decode", f"http://127.0.0.1:{self.decode}"]
+
+
+@dataclass(frozen=True)
+class System:
+    """Something that load is put on. Without a command it is the decode node itself: the floor of every latency."""
+
+    name: str
+    command: Sequence[str]
+    port: int
+
+
+def install() -> None:
+    """Idempotent; raises CalledProcessError."""
+    if not (ENVIRONMENT / "bin" / "python").exists():
+        venv.create(ENVIRONMENT, with_pip=True)
+    subprocess.run([ENVIRONMENT / "bin" / "pip", "install", "-q", *PINNED], check=True)
+
+
+def systems(nodes: Nodes, example: Path | None) -> list[System]:
+    """The floor, a byte relay, pd-proxy, and every peer that is there."""
+    python = sys.executable
+    relay, ours = free_port(), free_port()
+    found = [
+        System("direct", [], nodes.decode),
+        System("relay", [python, str(HERE / "relay.py"), str(relay), str(nodes.decode)], relay),
+        System("pd-proxy", [python, "-P", "-m", "proxy.cli", "--port", str(ours), *nodes.urls], ours),
+    ]
+    if (router := ENVIRONMENT / "bin" / "vllm-router").exists():
+        mode = ["--vllm-pd-disaggregation", "--kv-connector", "mooncake", "--policy", "round_robin"]
+        found.append(_peer("vllm-router", [str(router), *mode], nodes))
+    if (gateway := ENVIRONMENT / "bin" / "smg").exists():
+        mode = ["launch", "--pd-disaggregation", "--backend", "vllm", "--policy", "round_robin"]
+        found.append(_peer("smg", [str(gateway), *mode], nodes))
+    if example is not None:
+        port = free_port()
+        command = [python, str(example), "--host", "127.0.0.1", "--port", str(port), *nodes.urls]
+        found.append(System("example", command, port))
+    return found
+
+
+def _peer(name: str, command: list[str], nodes: Nodes) -> System:
+    port = free_port()
+    listening = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())]
+    return System(name, [*command, *listening, *nodes.urls], port)

@@ -1,0 +1,134 @@
+"""Real engines die, hang and come back under running requests. Last of all: whoever comes after meets another pair."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from tests.launched import Up
+from tests.processes import metric, wait_until
+
+pytestmark = pytest.mark.timeout(1200)
+
+PROMPT = "When a node dies in the middle of an answer, somebody must go on with it. " * 4
+TOKENS = 400
+RESTART_PATIENCE_S = 600
+Kill = Callable[[psutil.Process], None]
+
+
+def kill_engine_core(node: psutil.Process) -> None:
+    """The API server lives on for a moment, and tells its streams so."""
+    core = next(child for child in node.children(recursive=True) if "EngineCore" in " ".join(child.cmdline()))
+    core.kill()
+
+
+def kill_api_server(node: psutil.Process) -> None:
+    node.kill()
+
+
+def stop_all_of_it(node: psutil.Process) -> None:
+    """Nothing dies, nothing answers; the connection stays."""
+    for process in (*node.children(recursive=True), node):
+        process.send_signal(signal.SIGSTOP)
+
+
+def node_process(run: Up, name: str) -> psutil.Process:
+    return next(
+        child for child in psutil.Process(run.process.pid).children() if child.environ().get("PD_LAUNCH_NODE") == name
+    )
+
+
+def health(run: Up) -> dict[str, Any]:
+    return {node["name"]: node for node in httpx.get(f"{run.url}/health", timeout=30).json()["nodes"]}
+
+
+def until_all_are_well(run: Up) -> None:
+    wait_until(
+        lambda: all(node["usable"] for node in health(run).values()), "all nodes to be used again", RESTART_PATIENCE_S
+    )
+
+
+def stream(run: Up, route: str) -> Any:
+    client = openai.OpenAI(base_url=f"{run.url}/v1", api_key="none", max_retries=0, timeout=300)
+    asked: Any = {"model": "tiny", "max_tokens": TOKENS, "temperature": 0, "stream": True}
+    asked["extra_body"] = {"ignore_eos": True}
+    asked["stream_options"] = {"include_usage": True}
+    if route == "completions":
+        return client.completions.create(prompt=PROMPT, **asked)
+    return client.chat.completions.create(messages=[{"role": "user", "content": PROMPT}], **asked)
+
+
+def text_of(chunk: Any) -> str:
+    if not chunk.choices:
+        return ""
+    choice = chunk.choices[0]
+    return (choice.text if hasattr(choice, "text") else choice.delta.content) or ""
+
+
+@pytest.mark.parametrize(
+    ("route", "kill"),
+    [("completions", kill_engine_core), ("chat", stop_all_of_it)],
+    ids=["engine core killed", "all of it stopped"],
+)
+def test_a_stream_outlives_its_decode_node_and_says_the_same(real_pair: Up, route: str, kill: Kill) -> None:
+    until_all_are_well(real_pair)
+    undisturbed = list(stream(real_pair, route))
+    resumed = metric(real_pair.url, "pd_resumed_total", outcome="done")
+    broken = stream(real_pair, route)
+    chunks = [next(broken) for _ in range(5)]
+    name = next(name for name, node in health(real_pair).items() if node["role"] == "decode" and node["in_flight"])
+    victim = node_process(real_pair, name)
+    kill(victim)
+    chunks += list(broken)
+    assert metric(real_pair.url, "pd_resumed_total", outcome="done") == resumed + 1
+    assert "".join(map(text_of, chunks)) == "".join(map(text_of, undisturbed))
+    assert chunks[-1].usage.completion_tokens == TOKENS
+    assert chunks[-1].usage.prompt_tokens == undisturbed[-1].usage.prompt_tokens
+    if kill is stop_all_of_it:
+        for process in (victim, *victim.children(recursive=True)):
+            process.send_signal(signal.SIGCONT)
+    else:
+        real_pair.until(f"{name} is ready again.", RESTART_PATIENCE_S)
+    until_all_are_well(real_pair)
+
+
+def test_requests_are_answered_while_the_prefill_node_dies_and_comes_back_with_a_new_identity(real_pair: Up) -> None:
+    until_all_are_well(real_pair)
+    statuses: list[tuple[int, str]] = []
+    enough = threading.Event()
+
+    def ask_for_ever() -> None:
+        number = 0
+        while not enough.is_set():
+            number += 1
+            body = {"model": "tiny", "prompt": f"{number} {PROMPT}", "max_tokens": 4}
+            answer = httpx.post(f"{real_pair.url}/v1/completions", json=body, timeout=300)
+            statuses.append((answer.status_code, answer.headers.get("x-pd-path", "")))
+            time.sleep(0.05)
+
+    asking = threading.Thread(target=ask_for_ever)
+    asking.start()
+    try:
+        wait_until(lambda: len(statuses) > 3, "some answers")
+        kill_api_server(node_process(real_pair, "prefill-0"))
+        real_pair.until("prefill-0 is ready again.", RESTART_PATIENCE_S)
+        until_all_are_well(real_pair)
+        seen = len(statuses)
+        wait_until(lambda: len(statuses) > seen + 5, "some answers", RESTART_PATIENCE_S)
+    finally:
+        enough.set()
+        asking.join()
+    assert {status for status, _ in statuses} == {200}
+    assert statuses[0][1] == statuses[-1][1] == "disaggregated"
+    assert any(path.startswith("aggregated") for _, path in statuses)
+    wait_until(lambda: kv_in_use(real_pair) == 0, "all KV to be free", 120)
+
+
+def kv_in_use(run: Up) -> float:
+    return sum(metric(url, "vllm:kv_cache_usage_perc") for role in ("prefill", "decode") for url in run.nodes(role))

@@ -1,0 +1,138 @@
+"""A stream on its way: what is noted, what the client sees, and what is asked for when its node is lost."""
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engines.continuation import Joint, SentTokens, can_be_continued, continuation_body
+from engines.routes import CHAT, COMPLETIONS, MESSAGES
+
+CHUNK = "data: %s\n\n"
+
+
+def event(text: str, ids: list[int] | None, finish: str | None = None) -> bytes:
+    choice = {"index": 0, "text": text, "finish_reason": finish, "token_ids": ids, "prompt_token_ids": None}
+    body = {"id": "cmpl-1", "object": "text_completion", "created": 7, "model": "m", "choices": [choice]}
+    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n".encode()
+
+
+def frame(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+STREAM = [event("a", [10]), event('say "token_ids":[1,2]', [11, 12]), event("", [13]), event("é", [14])]
+
+
+@given(st.sets(st.integers(1, len(b"".join(STREAM)) - 1)))
+def test_however_the_bytes_are_split_the_tokens_are_noted_and_hidden(cuts: set[int]) -> None:
+    whole = b"".join(STREAM)
+    sent = SentTokens(hide=True)
+    seen = b"".join(sent.feed(whole[a:b]) for a, b in pairwise([0, *sorted(cuts), len(whole)]))
+    assert sent.token_ids() == [10, 11, 12, 13, 14]
+    shown = [json.loads(line[6:]) for line in seen.decode().split("\n\n") if line]
+    assert [e["choices"][0]["text"] for e in shown] == ["a", 'say "token_ids":[1,2]', "", "é"]
+    assert [e["choices"][0]["token_ids"] for e in shown] == [None] * 4
+
+
+@pytest.mark.parametrize("ids", [[5], [10], [100], [31999], [1, 2, 3]])
+def test_bytes_that_are_chunks_already_keep_their_length(ids: list[int]) -> None:
+    sent = SentTokens(hide=True)
+    sent.feed(STREAM[0])
+    data = frame(event("x", ids))
+    blanked = sent.in_place(data)
+    assert blanked is not None
+    assert len(blanked) == len(data)
+    body = json.loads(blanked.split(b"\r\n", 1)[1].removeprefix(b"data: ").removesuffix(b"\n\n\r\n"))
+    assert not body["choices"][0]["token_ids"]
+    assert body["choices"][0]["text"] == "x"
+    assert sent.token_ids() == [10, *ids]
+
+
+def test_a_client_that_asked_for_ids_gets_the_bytes_unchanged() -> None:
+    sent = SentTokens(hide=False)
+    assert sent.feed(STREAM[0]) == STREAM[0]
+    assert sent.in_place(frame(STREAM[1])) == frame(STREAM[1])
+    assert sent.token_ids() == [10, 11, 12]
+
+
+def test_tokens_whose_text_has_not_been_sent_come_again() -> None:
+    """Half a character: the node holds the text back until the rest of it comes."""
+    sent = SentTokens(hide=True)
+    for part in STREAM[:3]:
+        sent.feed(part)
+    assert sent.token_ids() == [10, 11, 12]
+
+
+def test_an_engines_death_as_an_event_is_kept_from_the_client() -> None:
+    sent = SentTokens(hide=True)
+    failed = b'data: {"error":{"message":"EngineCore died","code":500}}\n\ndata: [DONE]\n\n'
+    assert sent.in_place(frame(failed)) is None
+    assert sent.feed(STREAM[0] + failed).count(b"data:") == 1
+    assert "EngineCore died" in (sent.error or "")
+    assert not sent.is_done
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "can"),
+    [
+        (COMPLETIONS, {"prompt": "x", "stream": True}, True),
+        (CHAT, {"messages": [], "stream": True, "temperature": 1, "seed": 3}, True),
+        (COMPLETIONS, {"prompt": "x"}, False),
+        (MESSAGES, {"messages": [], "stream": True}, False),
+        (CHAT, {"messages": [], "stream": True, "tools": [{}]}, False),
+        (CHAT, {"messages": [], "stream": True, "logprobs": True}, False),
+        (CHAT, {"messages": [], "stream": True, "stop": "x"}, False),
+        (CHAT, {"messages": [], "stream": True, "stream_options": {"continuous_usage_stats": True}}, False),
+        (COMPLETIONS, {"prompt": "x", "stream": True, "repetition_penalty": 1.1}, False),
+    ],
+)
+def test_what_can_be_continued(route: Any, body: dict[str, Any], can: bool) -> None:
+    assert can_be_continued(route, body) is can
+
+
+def test_the_rest_is_asked_for_by_token_ids() -> None:
+    body = {"model": "m", "messages": [{}], "max_completion_tokens": 9, "min_tokens": 4, "seed": 3, "stream": True,
+            "chat_template_kwargs": {}}  # fmt: skip
+    rest = continuation_body(body, [1, 2], [3, 4, 5], 100)
+    assert rest == {
+        "model": "m", "seed": 3, "stream": True, "prompt": [1, 2, 3, 4, 5], "max_tokens": 6, "min_tokens": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "sent", "left"),
+    [
+        ({"prompt": "x"}, 3, 13),
+        ({"prompt": "x", "max_tokens": 3}, 3, None),
+        ({"messages": []}, 3, 100 - 2 - 3),
+        ({"messages": [], "max_tokens": 5}, 3, 2),
+    ],
+)
+def test_the_limit_counts_what_was_sent(body: dict[str, Any], sent: int, left: int | None) -> None:
+    rest = continuation_body(body, [1, 2], [7] * sent, 100)
+    assert (rest and rest["max_tokens"]) == left
+
+
+def test_without_any_limit_there_is_no_continuation() -> None:
+    with pytest.raises(ValueError, match="how long"):
+        continuation_body({"messages": []}, [1], [2], None)
+
+
+def test_a_continuation_speaks_in_the_name_of_the_stream_it_continues() -> None:
+    head = b'data: {"id":"chatcmpl-9","object":"chat.completion.chunk","created":7,"model":"m","choices":[]}'
+    body = {"messages": [], "stream_options": {"include_usage": True}}
+    joint = Joint(body, head, {"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 2}}, sent=3)
+    usage = b'data: {"id":"x","choices":[],"usage":{"prompt_tokens":8,"completion_tokens":2,"total_tokens":10}}\n\n'
+    made = joint.joined(event("b", [9], "length") + usage + b"data: [DONE]\n\n").decode()
+    text, counted, done, _ = made.split("\n\n")
+    choice = json.loads(text[6:])["choices"][0]
+    assert json.loads(text[6:])["id"] == "chatcmpl-9"
+    assert (choice["delta"], choice["finish_reason"], choice["token_ids"]) == ({"content": "b"}, "length", None)
+    assert json.loads(counted[6:])["usage"] == {
+        "prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 2}, "completion_tokens": 5, "total_tokens": 10,
+    }  # fmt: skip
+    assert done == "data: [DONE]"

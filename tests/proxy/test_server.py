@@ -1,0 +1,134 @@
+"""Clients that misbehave on the wire: bounded in size and in time, and nobody else is the worse for it."""
+
+import json
+import socket
+import ssl
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.processes import MODEL, Proxy, proxy_in_front_of, sim_node, wait_until
+
+BODY = json.dumps({"model": MODEL, "prompt": "the quick brown fox", "max_tokens": 4}).encode()
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[Proxy]:
+    """A proxy that waits for nobody."""
+    with (
+        sim_node("prefill") as prefill,
+        sim_node("decode") as decode,
+        proxy_in_front_of(prefill, decode, flags=["--head-timeout-s", "1", "--body-timeout-s", "1"]) as proxy,
+    ):
+        yield proxy
+
+
+def connect(proxy: Proxy) -> socket.socket:
+    host, port = proxy.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+def read_all(client: socket.socket) -> bytes:
+    data = b""
+    while piece := client.recv(65536):
+        data += piece
+    return data
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"", b""),
+        (b"POST /v1/comp", b" 408 "),
+        (HEAD, b" 408 "),
+        (HEAD + b"Content-Length: 100\r\n\r\n", b" 408 "),
+        (HEAD + b"Content-Length: 100\r\n\r\n{", b" 408 "),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{", b" 408 "),
+    ],
+    ids=["no byte", "half a line", "half a head", "no body", "half a body", "half a chunk"],
+)
+def test_a_request_that_does_not_go_on_loses_its_connection(impatient: Proxy, sent: bytes, status: bytes) -> None:
+    with connect(impatient) as client:
+        client.sendall(sent)
+        answer = read_all(client)
+        assert status in answer.split(b"\r\n")[0]
+        if answer:
+            assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "RequestTimeoutError"
+    assert httpx.get(f"{impatient.url}/health").is_success
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST /v1/completions HTTP/1.1\r\nX: " + b"y" * 100_000 + b"\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\n" + b"".join(b"X%d: y\r\n" % n for n in range(5_000)) + b"\r\n",
+        b"POST /" + b"x" * 100_000 + b" HTTP/1.1\r\n\r\n",
+    ],
+    ids=["one long header", "many headers", "a long path"],
+)
+def test_a_head_that_is_too_large_is_refused(proxy: Proxy, head: bytes) -> None:
+    with connect(proxy) as client:
+        client.sendall(head)
+        answer = read_all(client)
+    assert b" 431 " in answer.split(b"\r\n")[0]
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == 431
+
+
+@pytest.mark.parametrize("garbage", [b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"SSH-2.0-x\r\n", b"\x00" * 50])
+def test_what_is_not_http_is_refused_in_openais_shape(proxy: Proxy, garbage: bytes) -> None:
+    with connect(proxy) as client:
+        client.sendall(garbage)
+        answer = read_all(client)
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == 400
+
+
+def test_an_http_1_0_client_gets_a_body_that_ends_with_the_connection(proxy: Proxy) -> None:
+    body = json.loads(BODY) | {"stream": True}
+    raw = json.dumps(body).encode()
+    head = HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Content-Length: %d\r\n\r\n" % len(raw)
+    with connect(proxy) as client:
+        client.sendall(head + raw)
+        answer = read_all(client)
+    head, _, stream = answer.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert stream.startswith(b"data: {")
+    assert stream.endswith(b"data: [DONE]\n\n")
+
+
+def test_a_client_that_waits_for_permission_to_send_gets_it(proxy: Proxy) -> None:
+    with connect(proxy) as client:
+        client.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(BODY))
+        assert client.recv(100).startswith(b"HTTP/1.1 100 Continue")
+        client.sendall(BODY)
+        assert b" 200 " in read_all(client).split(b"\r\n")[0]
+
+
+def test_a_client_that_shuts_its_sending_side_is_still_served(proxy: Proxy) -> None:
+    with connect(proxy) as client:
+        client.sendall(HEAD + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(BODY) + BODY)
+        client.shutdown(socket.SHUT_WR)
+        answer = read_all(client)
+    assert answer == b"" or b" 200 " in answer.split(b"\r\n")[0]
+
+
+def test_it_speaks_tls(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    flags = ["--tls-certificate", str(certificate), "--tls-key", str(key)]
+    with sim_node("prefill") as prefill, sim_node("decode") as decode:
+        context = ssl.create_default_context(cafile=certificate)
+        with (
+            proxy_in_front_of(prefill, decode, flags=flags, probe=False) as proxy,
+            httpx.Client(base_url=proxy.url.replace("http:", "https:"), verify=context) as client,
+        ):
+            wait_until(lambda: client.get("/health").json()["status"] == "ok", "the proxy")
+            for stream in (False, True):
+                answer = client.post("/v1/completions", json=json.loads(BODY) | {"stream": stream})
+                assert answer.is_success
+            assert answer.text.endswith("data: [DONE]\n\n")

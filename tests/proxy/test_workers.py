@@ -1,0 +1,82 @@
+"""Several processes serve one port as if they were one."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.processes import MODEL, Proxy, Sim, proxy_in_front_of, sim_node, wait_until
+
+BODY = {"model": MODEL, "prompt": "the quick brown fox", "max_tokens": 4, "temperature": 0}
+WORKERS = 3
+
+
+@pytest.fixture
+def served() -> Iterator[tuple[Sim, Sim, Proxy]]:
+    with (
+        sim_node("prefill") as prefill,
+        sim_node("decode") as decode,
+        sim_node("decode") as other,
+        proxy_in_front_of(prefill, decode, other, flags=["--workers", str(WORKERS)]) as proxy,
+    ):
+        wait_until(lambda: len(workers(proxy)) == WORKERS, "all workers")
+        yield decode, other, proxy
+
+
+def workers(proxy: Proxy) -> list[psutil.Process]:
+    children = psutil.Process(proxy.process.pid).children(recursive=True)
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+
+def ask(proxy: Proxy, times: int) -> None:
+    """Each on a connection of its own, so that every worker gets some."""
+    for _ in range(times):
+        wait_until(lambda: httpx.post(f"{proxy.url}/v1/completions", json=BODY).is_success, "an answer")
+
+
+def test_whichever_is_asked_the_figures_are_those_of_all(served: tuple[Sim, Sim, Proxy]) -> None:
+    *_, proxy = served
+    ask(proxy, 12)
+    for _ in range(6):
+        for series in ("pd_requests_total", "pd_request_seconds_count"):
+            wait_until(lambda s=series: proxy.metric(s) == 12, "the sum over all workers")  # type: ignore[misc]
+
+
+def test_load_is_known_across_workers(served: tuple[Sim, Sim, Proxy]) -> None:
+    """Twelve streams on two decode nodes: six each, however the workers share them."""
+    *nodes, proxy = served
+    for node in nodes:
+        node.control(fault="hang-after", chunks=1)
+    with ExitStack() as streams:
+        for number in range(1, 13):
+            request = httpx.stream("POST", f"{proxy.url}/v1/completions", json=BODY | {"stream": True})
+            assert streams.enter_context(request).is_success
+            wait_until(lambda n=number: proxy.metric("pd_node_in_flight", role="decode") == n, "all to know")  # type: ignore[misc]
+        assert [proxy.metric("pd_node_in_flight", node=f"decode-{n}") for n in range(2)] == [6, 6]
+
+
+def test_a_worker_that_dies_comes_back_and_its_counts_stay(served: tuple[Sim, Sim, Proxy]) -> None:
+    *_, proxy = served
+    ask(proxy, 9)
+    wait_until(lambda: proxy.metric("pd_requests_total", status="200") == 9, "the sum")
+    dead = workers(proxy)[0]
+    dead.send_signal(signal.SIGKILL)
+    dead.wait()
+    wait_until(lambda: len(workers(proxy)) == WORKERS, "the new worker")
+    ask(proxy, 3)
+    wait_until(lambda: proxy.metric("pd_requests_total", status="200") == 12, "the sum")
+
+
+def test_nothing_is_left_when_they_have_ended(served: tuple[Sim, Sim, Proxy]) -> None:
+    *_, proxy = served
+    running = workers(proxy)
+    boards = set(Path("/dev/shm").glob("pd-proxy-board-*"))
+    assert boards
+    proxy.process.terminate()
+    assert proxy.process.wait(60) == 0
+    assert not any(worker.is_running() for worker in running)
+    assert boards - set(Path("/dev/shm").glob("pd-proxy-board-*")) == boards
