@@ -123,6 +123,11 @@ class SentTokens:
         return _PROMPT_IDS.sub(b'"prompt_token_ids":null', _IDS.sub(self._cut, whole))
 
     @property
+    def tokens(self) -> int:
+        """Events with tokens so far; with one token an event, as vLLM sends them, that many tokens."""
+        return len(self._ids)
+
+    @property
     def can_go_on(self) -> bool:
         """What has been sent is enough to continue from."""
         return bool(self.first_event) and not self._has_reasoning and self._tokens_without_text() is not None

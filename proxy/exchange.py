@@ -147,19 +147,21 @@ class Exchange:
         route = HANDED_OFF.get(self._request.path)
         min_tokens = self._plane.settings.min_prefill_tokens
         reason = "route" if route is None else openai.aggregated_reason(self._request.body, min_tokens)
+        failure: NodeError | None = None
         for attempt in range(1, failover.MOST_ATTEMPTS + 1):
             try:
-                if route is None or reason is not None:
-                    await self._aggregated(reason or "route")
-                else:
-                    await self._disaggregated(route)
+                with self._plane.pool.choose(Role.DECODE, self._failed).lease() as decode:
+                    if route is None or reason is not None:
+                        await self._aggregated(decode, reason or "route")
+                    else:
+                        await self._disaggregated(decode, route)
             except NodeError as exc:
                 if not self._may_retry(exc, attempt):
                     raise
                 failure = exc
                 self._plane.metrics.retries.count(failover.reason(exc))
             except NoNodeError:
-                if attempt == 1:
+                if failure is None:
                     raise
                 raise failure from None
             else:
@@ -186,46 +188,43 @@ class Exchange:
         asked_to_wait = error.retry_after_s is not None
         return role is Role.PREFILL and not asked_to_wait and self._plane.settings.without_prefill == "aggregated"
 
-    async def _aggregated(self, reason: str) -> None:
+    async def _aggregated(self, decode: Node, reason: str) -> None:
         self.path, self.reason = "aggregated", reason
         self._plane.metrics.aggregated.count(reason)
-        with self._plane.pool.choose(Role.DECODE, self._failed).lease() as decode:
-            answer, first = await self._open(decode, self._request.body | {"kv_transfer_params": None})
-            try:
-                if answer.status == 404 and b'"error"' not in first:  # the node's server knows no such route
-                    raise NotServedError(f"{self._request.path} is not served here")
-                await self._relay(decode, answer, first)
-            finally:
-                answer.close()
+        answer, first = await self._open(decode, self._request.body | {"kv_transfer_params": None})
+        try:
+            if answer.status == 404 and b'"error"' not in first:  # the node's server knows no such route
+                raise NotServedError(f"{self._request.path} is not served here")
+            await self._relay(decode, answer, first)
+        finally:
+            answer.close()
 
-    async def _disaggregated(self, route: Route) -> None:
+    async def _disaggregated(self, decode: Node, route: Route) -> None:
         self.path, self.reason = "disaggregated", None
-        pool = self._plane.pool
-        with pool.choose(Role.DECODE, self._failed).lease() as decode:
-            chosen = self._choose_prefill()
-            if chosen is None:
-                await self._aggregated("no-prefill")
-                return
-            with chosen.lease() as prefill:
-                rank = prefill.next_rank()
-                hand_off = pool.connector.hand_off(prefill.spec.bootstrap, rank)
-                answer = await self._prefill(prefill, route, hand_off, rank)
-            raw = await answer.load()
-            if answer.status != 200:
-                self._pass_on(answer.status, answer.headers, raw)
-                return
-            try:
-                prefilled = openai.prefilled(route, raw)
-                params = hand_off.decode_params(prefilled.answer)
-            except PrefillRefusedError:
-                await self._aggregated("prefill-stopped")
-                return
-            self._pinned = params if hand_off.pins_kv else None
-            if self._client.is_gone:
-                self._give_back()
-                raise ClientGoneError
-            body = openai.decode_body(route, self._request.body, params, prefilled, stream=self._streams(route))
-            await self._decode(decode, route, body, prefilled)
+        chosen = self._choose_prefill()
+        if chosen is None:
+            await self._aggregated(decode, "no-prefill")
+            return
+        with chosen.lease() as prefill:
+            rank = prefill.next_rank()
+            hand_off = self._plane.pool.connector.hand_off(prefill.spec.bootstrap, rank)
+            answer = await self._prefill(prefill, route, hand_off, rank)
+        raw = await answer.load()
+        if answer.status != 200:
+            self._pass_on(answer.status, answer.headers, raw)
+            return
+        try:
+            prefilled = openai.prefilled(route, raw)
+            params = hand_off.decode_params(prefilled.answer)
+        except PrefillRefusedError:
+            await self._aggregated(decode, "prefill-stopped")
+            return
+        self._pinned = params if hand_off.pins_kv else None
+        if self._client.is_gone:
+            self._give_back()
+            raise ClientGoneError
+        body = openai.decode_body(route, self._request.body, params, prefilled, stream=self._streams(route))
+        await self._decode(decode, route, body, prefilled)
 
     # -- prefill
 
@@ -266,6 +265,8 @@ class Exchange:
             raise
         finally:
             self._leave = cut
+        if answer.status == 200:
+            node.breaker.succeeded()
         self._plane.metrics.prefill_seconds.observe(time.perf_counter() - started)
         return answer
 
@@ -312,6 +313,8 @@ class Exchange:
             raw = await self._load(node, answer)
         finally:
             self._leave = cut
+        if answer.status == 200:
+            node.breaker.succeeded()
         self._pass_on(answer.status, answer.headers, raw)
 
     async def _collect(self, node: Node, route: Route, answer: Answer, first: bytes) -> None:
@@ -341,6 +344,7 @@ class Exchange:
         Raises NodeError when a stream begins with an error: vLLM has already said 200 to it.
         """
         deadline = self._until(self._plane.settings.decode_start_timeout_s, "answer")
+        started = time.perf_counter()
         answer = await self._hand_over(node, body, deadline)
         try:
             first = await answer.chunk()
@@ -352,7 +356,12 @@ class Exchange:
         except BaseException:
             answer.close()
             raise
-        self._plane.metrics.time_to_first_event_seconds.observe(time.perf_counter() - self._started)
+        if answer.status == 200:
+            node.breaker.succeeded()
+        now = time.perf_counter()
+        self._plane.metrics.time_to_first_event_seconds.observe(now - self._started)
+        if self.path == "disaggregated":
+            self._plane.metrics.hand_off_seconds.observe(now - started)
         return answer, first
 
     async def _hand_over(self, node: Node, body: JSONObject, deadline: Deadline) -> Answer:
@@ -364,7 +373,7 @@ class Exchange:
         """
         sent = False
         cut = self._leave
-        if self._pinned is not None:
+        if self._pinned is not None and body.get("stream"):  # one that does not stream says nothing before its end
             self._leave = lambda: deadline.within(_SEE_OFF_S)
 
         def note() -> None:
@@ -438,6 +447,7 @@ class Exchange:
     ) -> Answer:
         """Raises NodeError, NodeAnsweredError among them for a status that is the node's failure."""
         self.nodes.append(node.spec.name)
+        self._plane.metrics.node_requests.count(node.spec.name)
         try:
             answer = await self._plane.clients.of(node).request(
                 b"POST",
@@ -459,8 +469,6 @@ class Exchange:
             refused.may_be_retried = False
             self._failed.add(node)
             raise refused
-        if answer.status == 200:
-            node.breaker.succeeded()
         return answer
 
     async def _refusal(self, node: Node, answer: Answer) -> NodeAnsweredError:
@@ -506,6 +514,7 @@ class Exchange:
         self.status = 200
         self._client.begin(200, self._headers(answer.headers), first if sent is None else sent.feed(first))
         settings = self._plane.settings
+        begun = time.perf_counter()
         try:
             await self._client.relay(
                 answer,
@@ -520,6 +529,9 @@ class Exchange:
                 raise error  # noqa: B904  the same error, counted
             if not await self._continue(node, prefilled, sent):
                 raise error  # noqa: B904
+        if sent is not None and sent.tokens > 1:
+            mean_s = (time.perf_counter() - begun) / (sent.tokens - 1)
+            self._plane.metrics.mean_inter_token_seconds.observe(mean_s)
 
     # -- a stream that lost its node
 
@@ -574,6 +586,7 @@ class Exchange:
             await follower._attempts()
         finally:
             self._leave = cut
+            self.nodes += follower.nodes
 
     def _pass_on(self, status: int, node_headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         self.status = status

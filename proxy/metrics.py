@@ -57,6 +57,7 @@ class Metrics:
         self.hand_offs = Counts("Prefill legs that held KV for a decode leg, by what became of it.", "outcome")
         self.aggregated = Counts("Requests answered by one node as a whole, by reason.", "reason")
         self.releases = Counts("Hand-offs given back because no decode node took them.", "outcome")
+        self.node_requests = Counts("Requests sent to a node: legs, attempts, continuations.", "node")
         self.node_errors = Counts("Failures of a node, by kind.", "node", "kind")
         self.retries = Counts("Attempts after the first, by what made them necessary.", "reason")
         self.resumed = Counts("Streams that lost their node in the middle, by whether they went on.", "outcome")
@@ -65,6 +66,8 @@ class Metrics:
         self.releases_pending = 0
         self.prefill_seconds = Seconds("Prefill leg, request to answer.")
         self.time_to_first_event_seconds = Seconds("Client request to the first byte of decode's answer.")
+        self.hand_off_seconds = Seconds("Decode leg, request to first event: its queue, the KV's way, the first step.")
+        self.mean_inter_token_seconds = Seconds("Time between two tokens of a stream, its mean.")
         self.request_seconds = Seconds("Client request to the end of its answer.")
 
     def snapshot(self) -> dict[str, Any]:

@@ -92,6 +92,8 @@ class ClientProtocol(HttpToolsProtocol):
         elif self.waits_for == "head" or not self.cycle.response_started:
             self._refusal = (408, "RequestTimeoutError", f"the request's {self.waits_for} did not come in time")
             self.send_400_response("")
+        else:
+            self.transport.close()  # it is answered, and goes on sending
 
     def send_400_response(self, msg: str) -> None:
         """In OpenAI's shape, and with the status of what is wrong."""

@@ -290,7 +290,7 @@ class Sink:
 class SinkWrite(Protocol):
     """Takes pieces of a body; `ended` comes once, with the last of them."""
 
-    def __call__(self, pieces: Sequence[bytes], *, ended: bool) -> Exception | None: ...
+    def __call__(self, pieces: Sequence[bytes], /, *, ended: bool) -> Exception | None: ...
 
 
 class _ClosedBeforeAnswerError(Exception):
@@ -531,6 +531,7 @@ class _Connection(asyncio.Protocol):
     def _finish(self) -> None:
         """The answer is read to its end: keep the connection if both sides may."""
         self._busy = False
+        self.resume()  # its last reader may have gone while it was stopped
         assert self._transport is not None  # noqa: S101  an answer came over it
         if self._keep_alive and self._error is None and not self._transport.is_closing():
             self._client._free(self)  # noqa: SLF001

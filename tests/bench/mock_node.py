@@ -1,7 +1,8 @@
 """A node that costs next to nothing: pre-built answers, a chunk for every running stream every 20 ms.
 
 Like an engine, it makes one step for all its streams at once. `python mock_node.py PORT BOOTSTRAP_PORT` (0: none).
-Each chunk carries the time it was written (`"t"`, seconds of the machine's monotonic clock).
+Each chunk carries the time it was written (`"t"`, seconds of the machine's monotonic clock). Token ids are told to
+whoever asks for them (`return_token_ids`), as vLLM does.
 """
 
 import asyncio
@@ -21,8 +22,9 @@ _FILL = (
 _WHOLE = (
     b'{"id":"x","object":"chat.completion","created":1,"model":"tiny","choices":[{"index":0,"message":{"role":'
     b'"assistant","content":" word"},"finish_reason":"length"}],"usage":{"prompt_tokens":500,"completion_tokens":1,'
-    b'"total_tokens":501},"kv_transfer_params":null}'
+    b'"total_tokens":501},"kv_transfer_params":null,"prompt_token_ids":%b}'
 )
+_PROMPT_IDS = b"[" + b",".join(b"%d" % (1000 + n) for n in range(500)) + b"]"
 _GET = {
     b"/health": b"{}",
     b"/v1/models": b'{"object":"list","data":[{"id":"tiny","object":"model","max_model_len":100000}]}',
@@ -37,6 +39,7 @@ class Node(asyncio.Protocol):
     """One connection."""
 
     streaming: dict["Node", int] = {}  # noqa: RUF012
+    tells_ids = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]
@@ -71,8 +74,9 @@ class Node(asyncio.Protocol):
             )
             self.transport.write(b"\r\n".join(head_lines))
             self.streaming[self] = int(tokens.group(1)) if tokens else 16
+            self.tells_ids = b'"return_token_ids":true' in request[head:]
         else:
-            self.whole(_WHOLE)
+            self.whole(_WHOLE % (_PROMPT_IDS if b'"return_token_ids":true' in request[head:] else b"null"))
 
     def whole(self, body: bytes) -> None:
         self.transport.write(
@@ -80,9 +84,10 @@ class Node(asyncio.Protocol):
         )
 
 
-def event(*, last: bool) -> bytes:
+def event(*, last: bool, tells_ids: bool) -> bytes:
     finish = b'"finish_reason":"length"' if last else b'"finish_reason":null'
-    payload = b'data: {"id":"chatcmpl-x","t":%.6f,%b%b}]}\n\n' % (time.monotonic(), _FILL, finish)
+    ids = b"[12345]" if tells_ids else b"null"
+    payload = b'data: {"id":"chatcmpl-x","t":%.6f,%b%b,"token_ids":%b}]}\n\n' % (time.monotonic(), _FILL, finish, ids)
     return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
@@ -94,7 +99,7 @@ async def step_for_ever() -> None:
         due += STEP_S
         await asyncio.sleep(max(0, due - time.monotonic()))
         for node, left in list(Node.streaming.items()):
-            node.transport.write(event(last=left == 1) + (end if left == 1 else b""))
+            node.transport.write(event(last=left == 1, tells_ids=node.tells_ids) + (end if left == 1 else b""))
             if left == 1:
                 del Node.streaming[node]
             else:

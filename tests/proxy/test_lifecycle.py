@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from tests.processes import MODEL, ROOT, Sim, free_port, proxy_in_front_of, sim_node, wait_until
@@ -142,3 +143,37 @@ def test_listening_to_everybody_without_keys_is_said() -> None:
             assert process.stderr is not None
             assert "anyone who reaches 0.0.0.0" in process.stderr.readline()
             process.terminate()
+
+
+def test_a_log_that_cannot_be_written_stops_no_request() -> None:
+    with sim_node("prefill") as prefill, sim_node("decode") as decode, open("/dev/full", "w") as full:  # noqa: PTH123
+        port = free_port()
+        command = [*PD_PROXY, "--port", str(port), "--decode", decode.url, "--log-requests"]
+        command += ["--prefill", prefill.url, str(prefill.bootstrap).rpartition(":")[2]]
+        with subprocess.Popen(command, cwd=ROOT, stdout=full, stderr=full) as process:
+            try:
+                url = f"http://127.0.0.1:{port}"
+                wait_until(lambda: httpx.get(f"{url}/health").json()["status"] == "ok", "the proxy")
+                for stream in (False, True):
+                    assert httpx.post(f"{url}/v1/completions", json=BODY | {"stream": stream}).is_success
+                decode.control(fault="drop")
+                assert httpx.post(f"{url}/v1/completions", json=BODY).status_code == 502
+            finally:
+                process.terminate()
+                assert process.wait(60) == 0
+
+
+def test_it_recovers_when_it_had_no_file_descriptor_left() -> None:
+    with sim_node("prefill") as prefill, sim_node("decode") as decode, proxy_in_front_of(prefill, decode) as proxy:
+        psutil.Process(proxy.process.pid).rlimit(psutil.RLIMIT_NOFILE, (48, 48))
+        host, port = proxy.url.removeprefix("http://").split(":")
+        crowd = []
+        for _ in range(100):
+            client = socket.socket()
+            client.setblocking(False)  # noqa: FBT003
+            client.connect_ex((host, int(port)))
+            crowd.append(client)
+        for client in crowd:
+            client.close()
+        wait_until(lambda: httpx.post(f"{proxy.url}/v1/completions", json=BODY).is_success, "an answer")
+        assert proxy.process.poll() is None

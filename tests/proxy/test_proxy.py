@@ -311,3 +311,14 @@ def test_concurrent_requests_do_not_mix(prefill: Sim, proxy: Proxy) -> None:
         answers = list(threads.map(lambda prompt: said(completion(proxy.url, prompt=prompt, stream=True)), prompts))
     assert answers == [said(completion(prefill.url, prompt=prompt)) for prompt in prompts]
     assert prefill.kv_usage() == 0
+
+
+def test_each_step_of_a_request_is_timed_once(proxy: Proxy) -> None:
+    series = ("prefill", "hand_off", "time_to_first_event", "request", "mean_inter_token")
+    before = {name: proxy.metric(f"pd_{name}_seconds_count") for name in series}
+    asked = proxy.metric("pd_node_requests_total")
+    assert completion(proxy.url, stream=True).is_success
+    assert {name: proxy.metric(f"pd_{name}_seconds_count") - before[name] for name in series} == dict.fromkeys(
+        series, 1
+    )
+    assert proxy.metric("pd_node_requests_total") == asked + 2

@@ -3,12 +3,12 @@
 import json
 import socket
 import ssl
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+import trustme
 
 from tests.processes import MODEL, Proxy, proxy_in_front_of, sim_node, wait_until
 
@@ -117,12 +117,15 @@ def test_a_client_that_shuts_its_sending_side_is_still_served(proxy: Proxy) -> N
 
 def test_it_speaks_tls(tmp_path: Path) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(command, check=True, capture_output=True)
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    issued.private_key_pem.write_to_path(key)
+    for part in issued.cert_chain_pems:
+        part.write_to_path(certificate, append=True)
     flags = ["--tls-certificate", str(certificate), "--tls-key", str(key)]
     with sim_node("prefill") as prefill, sim_node("decode") as decode:
-        context = ssl.create_default_context(cafile=certificate)
+        context = ssl.create_default_context()
+        authority.configure_trust(context)
         with (
             proxy_in_front_of(prefill, decode, flags=flags, probe=False) as proxy,
             httpx.Client(base_url=proxy.url.replace("http:", "https:"), verify=context) as client,

@@ -1,16 +1,23 @@
 """The hot path's HTTP client, against servers that misbehave on purpose."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from itertools import pairwise
 
+import httptools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.errors import NodeBrokeOffError, NodeError, NodeUnreachableError
-from proxy.transport import Answer, Deadline, NodeClient
+from proxy.errors import (
+    ClientStalledError,
+    NodeBrokeOffError,
+    NodeError,
+    NodeTimeoutError,
+    NodeUnreachableError,
+)
+from proxy.transport import Answer, Deadline, NodeClient, Sink
 from tests.processes import free_port
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -212,6 +219,126 @@ def test_an_answer_that_has_begun_is_not_asked_for_again() -> None:
 
 def test_bytes_nobody_asked_for_do_not_become_the_next_answer() -> None:
     assert run(answering(OK + b"HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n"), times=2) == [(200, b"hello")] * 2
+
+
+EVENTS = [b"data: %d\n\n" % n * (1 + n % 3) for n in range(6)]
+STREAM = b"".join(b"%x\r\n%b\r\n" % (len(event), event) for event in EVENTS) + b"0\r\n\r\n"
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sets(st.integers(1, len(STREAM) - 1)), st.integers(0, 3), st.booleans())
+def test_a_relayed_stream_is_the_same_however_it_is_split(cuts: set[int], unwanted: int, read_first: bool) -> None:
+    """Whole chunks pass without being parsed; the parser must find its place again whenever some are not wanted."""
+    edges = [0, *sorted(cuts), len(STREAM)]
+    pieces = [STREAM[start:end] for start, end in pairwise(edges)]
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    got: list[bytes] = []
+    ends: list[bool] = []
+
+    def frames(data: bytes) -> bool:
+        if len(got) % 4 < unwanted:
+            return False
+        parser = httptools.HttpResponseParser(Body(got))
+        parser.feed_data(head + data)
+        return True
+
+    def write(pieces: Sequence[bytes], *, ended: bool) -> None:
+        got.extend(pieces)
+        ends.append(ended)
+
+    async def main() -> None:
+        async with server(answering(head, *pieces)) as client:
+            for _ in range(2):  # the second on the same connection
+                got.clear()
+                answer = await ask(client)
+                if read_first:
+                    got.append(await answer.chunk())
+                await answer.pipe(Sink(write, frames, Deadline(30, "answer"), silence_s=30, stall_s=30))
+                assert b"".join(got) == b"".join(EVENTS)
+            assert client.open_connections == 1
+            assert ends.count(True) == 2
+
+    asyncio.run(main())
+
+
+class Body:
+    """Collects what a parser finds in a body."""
+
+    def __init__(self, into: list[bytes]) -> None:
+        self.on_body = into.append
+
+
+def test_a_connection_whose_reader_left_it_stopped_serves_the_next_one() -> None:
+    async def main() -> None:
+        async with server(answering(CHUNKED)) as client:
+            for _ in range(2):
+                answer = await ask(client)
+
+                def stop(_: Sequence[bytes], *, ended: bool, answer: Answer = answer) -> None:  # noqa: ARG001
+                    answer.pause()
+
+                await answer.pipe(Sink(stop, None, Deadline(30, "answer"), silence_s=30, stall_s=30))
+            assert (await ask_whole(client))[1] == b"hello world"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("sent", [b"", OK[:20], CHUNKED[:-20]], ids=["nothing", "half a head", "half a body"])
+def test_a_node_that_goes_no_further_is_given_up_at_the_deadline(sent: bytes) -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(sent)
+        await reader.read()
+
+    async def main() -> None:
+        async with server(handle) as client:
+            answer = await client.request(b"POST", b"/x", [], b"{}", deadline=Deadline(0.3, "come to an end"))
+            try:
+                await answer.load()
+            finally:
+                answer.close()
+
+    with pytest.raises(NodeTimeoutError, match=r"node node-0 did not come to an end in 0\.3 s"):
+        asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_deadline_can_be_brought_forward_under_a_waiting_request() -> None:
+    async def handle(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async def main() -> None:
+        async with server(handle) as client:
+            deadline = Deadline(600, "answer")
+            asking = asyncio.create_task(client.request(b"POST", b"/x", [], b"{}", deadline=deadline))
+            await asyncio.sleep(0.1)
+            deadline.within(0.1)
+            await asking
+
+    with pytest.raises(NodeTimeoutError):
+        asyncio.run(asyncio.wait_for(main(), 30))
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["a silent node", "a stopped reader"])
+def test_a_stream_that_stands_still_is_given_up(stopped: bool) -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(CHUNKED[:-5])
+        await reader.read()
+
+    async def main() -> None:
+        async with server(handle) as client:
+            answer = await ask(client)
+            if stopped:
+                answer.pause()
+            limits = {"silence_s": 600.0, "stall_s": 0.2} if stopped else {"silence_s": 0.2, "stall_s": 600.0}
+            try:
+                await answer.pipe(Sink(lambda _, ended: None, None, Deadline(600, "answer"), **limits))  # noqa: ARG005
+            finally:
+                answer.close()
+
+    error = ClientStalledError if stopped else NodeTimeoutError
+    with pytest.raises(error, match=r"0\.2 s"):
+        asyncio.run(asyncio.wait_for(main(), 30))
 
 
 def test_a_closed_port_is_said_to_be_one() -> None:
