@@ -49,7 +49,7 @@ _CANNOT = (
 )
 """Fields whose meaning depends on what was generated before, or whose output has a place in the whole."""
 
-_CHAT_ONLY = frozenset(
+_DONE_WITH = frozenset(
     {
         "messages",
         "max_completion_tokens",
@@ -63,6 +63,8 @@ _CHAT_ONLY = frozenset(
         "reasoning_effort",
         "include_reasoning",
         "mm_processor_kwargs",
+        "truncate_prompt_tokens",  # done, by the first prefill; so on either route
+        "truncation_side",
     }
 )
 
@@ -72,7 +74,10 @@ def can_be_continued(route: Route, body: JSONObject) -> bool:
     if route not in (CHAT, COMPLETIONS) or not body.get("stream"):
         return False
     options = body.get("stream_options") or {}
-    return not any(body.get(field) for field in _CANNOT) and not options.get("continuous_usage_stats")
+    if not isinstance(options, dict) or options.get("continuous_usage_stats"):
+        return False
+    shows_all = body.get("include_reasoning", True) is True  # else a node with a reasoning parser tells no token ids
+    return shows_all and not any(body.get(field) for field in _CANNOT)
 
 
 class SentTokens:
@@ -130,7 +135,10 @@ class SentTokens:
     @property
     def can_go_on(self) -> bool:
         """What has been sent is enough to continue from."""
-        return bool(self.first_event) and not self._has_reasoning and self._tokens_without_text() is not None
+        without_text = self._tokens_without_text()
+        if not self.first_event or self._has_reasoning or without_text is None:
+            return False
+        return self._hide or without_text == 0  # ids that were shown may not come again
 
     def token_ids(self) -> list[int]:
         """The tokens whose text has been sent. The last ones may have none yet (half a character): they come again."""
@@ -161,16 +169,21 @@ class SentTokens:
         return found[0]
 
     def _tokens_without_text(self) -> int | None:
-        """At the end of what was sent; None when that goes further back than is remembered."""
+        """At the end of what was sent; None when nobody can tell.
+
+        That is when they go further back than is remembered, and when the last event with text has several tokens: the
+        text of the last of them may be held back, half a character, and would come again with all that is before it.
+        """
         count = 0
         for read in reversed(self._reads):
             for event in reversed(list(_events(read))):
                 if not event.get("choices"):
                     continue
                 choice = event["choices"][0]
+                tokens = len(choice.get("token_ids") or ())
                 if choice.get("text") or (choice.get("delta") or {}).get("content"):
-                    return count
-                count += len(choice.get("token_ids") or ())
+                    return count if tokens == 1 else None
+                count += tokens
         return count if len(self._reads) < _REMEMBERED_READS else None
 
 
@@ -186,7 +199,7 @@ def continuation_body(
     left = most - len(sent)
     if left <= 0:
         return None
-    rest = {key: value for key, value in body.items() if key not in _CHAT_ONLY}
+    rest = {key: value for key, value in body.items() if key not in _DONE_WITH and key not in _CANNOT}
     rest |= {
         "prompt": [*prompt, *sent],
         "max_tokens": left,

@@ -80,7 +80,7 @@ class Supervisor:
             await self._spawn(node)
         waits = [asyncio.create_task(self._node_ready(node)) for node in self._plan.nodes]
         try:
-            await asyncio.gather(*waits)
+            await self._unless_a_node_dies(_all_of(waits))
         finally:
             for wait in waits:
                 wait.cancel()
@@ -93,7 +93,22 @@ class Supervisor:
     async def _start_proxy(self) -> None:
         child = await self._spawn(self._plan.proxy)
         with self._progress.step(f"proxy on {self._plan.proxy_url}", last_line(self._plan.proxy.log)):
-            await readiness.proxy_ready(child, self._plan, self._ready_timeout_s)
+            await self._unless_a_node_dies(readiness.proxy_ready(child, self._plan, self._ready_timeout_s))
+
+    async def _unless_a_node_dies(self, work: Coroutine[Any, Any, None]) -> None:
+        """`work`, which waits for something that no longer comes when a node ends. Raises NodeDiedError then."""
+        working = asyncio.create_task(work)
+        ends = {asyncio.create_task(child.ended()): child for child in self._children.values()}
+        try:
+            done, _ = await asyncio.wait({working, *ends}, return_when=asyncio.FIRST_COMPLETED)
+            for end, child in ends.items():
+                if end in done:
+                    raise readiness.died(child)
+            working.result()
+        finally:
+            for task in (working, *ends):
+                task.cancel()
+            await asyncio.gather(working, *ends, return_exceptions=True)
 
     async def _spawn(self, spec: Process) -> Child:
         folder = self._plan.temporary / spec.name
@@ -161,21 +176,23 @@ class Supervisor:
         before it gets one. Raises LauncherError when the run cannot go on without it.
         """
         deaths: list[float] = []
+        failed_starts = 0
         while True:
             await self._children[spec.name].ended()
             error = readiness.died(self._children[spec.name])
             now = asyncio.get_running_loop().time()
             deaths = [*(death for death in deaths if now - death < _DEATHS_COUNT_FOR_S), now]
-            if not self._may_restart(spec) or len(deaths) > _MOST_DEATHS:
-                self._go_on_without(spec, error, len(deaths))
+            too_often = len(deaths) > _MOST_DEATHS or failed_starts >= _MOST_DEATHS
+            if not self._may_restart(spec) or too_often:
+                self._go_on_without(spec, error, max(len(deaths), failed_starts + 1))
                 return
-            pause_s = min(_FIRST_PAUSE_S * 2 ** (len(deaths) - 1), _LONGEST_PAUSE_S)
+            pause_s = min(_FIRST_PAUSE_S * 2 ** max(len(deaths) - 1, failed_starts), _LONGEST_PAUSE_S)
             self._progress.say(f"{error}\n{error.hint}\nStarting {spec.name} again in {pause_s:g} s.")
             self._note_shared_memory(self._children[spec.name])
             await self._children[spec.name].stop(0)  # what is left of its tree holds its ports
-            process.remove_unmapped(self._shared.pop(spec.name, ()))
+            process.remove_unmapped(self._shared.get(spec.name, ()))
             await asyncio.sleep(pause_s)
-            await self._start_again(spec)
+            failed_starts = 0 if await self._start_again(spec) else failed_starts + 1
 
     async def _note_shared_memory_for_ever(self) -> None:
         while True:
@@ -192,7 +209,8 @@ class Supervisor:
         """A service keeps what the nodes share: they would go on with nothing in it, and each must be told anew."""
         return self._restart and spec not in self._plan.services
 
-    async def _start_again(self, spec: Process) -> None:
+    async def _start_again(self, spec: Process) -> bool:
+        """Whether it became ready. One that did not has ended."""
         child = await self._spawn(spec)
         try:
             if isinstance(spec, NodeProcess):
@@ -202,13 +220,14 @@ class Supervisor:
         except LauncherError as exc:
             self._progress.say(f"{exc}\n{exc.hint}")
             await child.stop(0)
-        else:
-            self._progress.say(f"{spec.name} is ready again.")
+            return False
+        self._progress.say(f"{spec.name} is ready again.")
+        return True
 
     def _go_on_without(self, spec: Process, error: LauncherError, deaths: int) -> None:
         """While a node of each role and the proxy are left. Raises LauncherError else."""
         self._lost.add(spec.name)
-        how_often = f"\nIt has ended {deaths} times in {_DEATHS_COUNT_FOR_S / 60:.0f} minutes." if deaths > 1 else ""
+        how_often = f"\nIt has ended {deaths} times." if deaths > 1 else ""
         roles = {node.role for node in self._plan.nodes if node.name not in self._lost}
         if not isinstance(spec, NodeProcess) or roles != set(Role):
             raise LauncherError(f"{error}{how_often}", error.hint)
@@ -270,6 +289,10 @@ class Supervisor:
             starting.cancel()
             with suppress(asyncio.CancelledError, LauncherError):
                 await starting
+
+
+async def _all_of(waits: Sequence["asyncio.Task[None]"]) -> None:
+    await asyncio.gather(*waits)
 
 
 def clear_run_dir(folder: Path) -> None:

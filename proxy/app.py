@@ -30,6 +30,7 @@ from .config import ProxySettings
 from .errors import (
     BadRequestError,
     ClientGoneError,
+    ClientStalledError,
     NodeAnsweredError,
     NoNodeError,
     OverloadedError,
@@ -84,6 +85,7 @@ class Parts:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
+        await self.prober.round()  # who accepts requests knows the nodes: a new worker may not refuse what others serve
         tasks = [asyncio.create_task(work, name=name) for name, work in self._work()]
         for task in tasks:
             task.add_done_callback(_report_death)
@@ -209,6 +211,7 @@ def _add_information_routes(app: FastAPI, parts: Parts) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
+        parts.plane.metrics.queued = parts.admission.waiting
         return Response(
             parts.plane.metrics.text(parts.board, pool, watch), media_type="text/plain; version=0.0.4; charset=utf-8"
         )
@@ -313,7 +316,7 @@ def _tell(client: ClientConnection, error: ProxyError, request_id: str) -> None:
     body = orjson.dumps(openai.error_body(str(error), error.kind, error.status, error.param))
     if client.started:
         client.write(b"data: " + body + b"\n\n")
-        client.break_off()
+        client.break_off(at_once=isinstance(error, ClientStalledError))
         return
     headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode("latin-1"))]
     if isinstance(error, NodeAnsweredError):

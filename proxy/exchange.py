@@ -128,6 +128,7 @@ class Exchange:
         self._failing: Node | None = None
         self._continues = 0
         self._pinned: JSONObject | None = None  # of a hand-off that no decode node has taken
+        self._is_handed_over = False
         self._leave: Callable[[], object] = lambda: None
 
     async def run(self) -> None:
@@ -192,15 +193,17 @@ class Exchange:
         self.path, self.reason = "aggregated", reason
         self._plane.metrics.aggregated.count(reason)
         answer, first = await self._open(decode, self._request.body | {"kv_transfer_params": None})
+        sent = SentTokens(hide=False) if self._continues else None  # a continuation looks into every event
         try:
             if answer.status == 404 and b'"error"' not in first:  # the node's server knows no such route
                 raise NotServedError(f"{self._request.path} is not served here")
-            await self._relay(decode, answer, first)
+            await self._relay(decode, answer, first, None, sent)
         finally:
             answer.close()
 
     async def _disaggregated(self, decode: Node, route: Route) -> None:
         self.path, self.reason = "disaggregated", None
+        self._pinned, self._is_handed_over = None, False
         chosen = self._choose_prefill()
         if chosen is None:
             await self._aggregated(decode, "no-prefill")
@@ -223,8 +226,12 @@ class Exchange:
         if self._client.is_gone:
             self._give_back()
             raise ClientGoneError
-        body = openai.decode_body(route, self._request.body, params, prefilled, stream=self._streams(route))
-        await self._decode(decode, route, body, prefilled)
+        try:
+            body = openai.decode_body(route, self._request.body, params, prefilled, stream=self._streams(route))
+            await self._decode(decode, route, body, prefilled)
+        finally:
+            if not self._is_handed_over:
+                self._give_back()
 
     # -- prefill
 
@@ -371,7 +378,7 @@ class Exchange:
         answer's head is here nobody knows whether the node's engine has it: of a request whose connection closes before
         its handler runs the engine never hears. So a leg on its way is not cut off for a client that leaves, either.
         """
-        sent = False
+        sent, self._is_handed_over = False, True  # from here on it is given back here
         cut = self._leave
         if self._pinned is not None and body.get("stream"):  # one that does not stream says nothing before its end
             self._leave = lambda: deadline.within(_SEE_OFF_S)

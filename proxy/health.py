@@ -101,7 +101,10 @@ class Prober:
             self._progress[node] = node.gauges, now
             return
         self._progress[node] = seen, since
-        if now - since > self._settings.decode_silence_timeout_s:
+        limit_s = self._settings.decode_silence_timeout_s
+        if node.spec.role is Role.PREFILL:  # it counts a prompt's tokens when all of them are computed
+            limit_s = max(limit_s, self._settings.prefill_timeout_s)
+        if now - since > limit_s:
             raise _ProbeError(f"has requests running and has made no token for {now - since:.0f} s")
 
     async def _get(self, base: str, path: str, headers: Headers | None = None) -> bytes:

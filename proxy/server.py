@@ -265,9 +265,13 @@ class ClientConnection:
             self._write(_END)
         self._complete()
 
-    def break_off(self) -> None:
-        """End a begun answer so that nobody takes it for whole: close without the end of the body."""
-        if self._framed:
+    def break_off(self, *, at_once: bool) -> None:
+        """End a begun answer so that nobody takes it for whole: close without the end of the body.
+
+        `at_once`: without waiting for a client that takes nothing to take what is written already.
+        """
+        self._cycle.disconnected = True  # to uvicorn: that nothing more comes is no mistake
+        if self._framed and not at_once:
             self._connection.transport.close()
         else:
             self._connection.transport.abort()

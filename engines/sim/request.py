@@ -95,6 +95,8 @@ def _check_schema(body: JSONObject, *, chat: bool) -> None:
         raise SchemaError("messages: Input should be a valid list")
     if chat and not all(isinstance(message, dict) for message in body["messages"]):
         raise SchemaError("messages: Input should be a valid dictionary")
+    if body.get("stream_options") is not None and not isinstance(body["stream_options"], dict):
+        raise SchemaError("stream_options: Input should be a valid dictionary")
     prompt = body.get("prompt")
     if not chat and prompt is not None and not isinstance(prompt, str | list):
         raise SchemaError("prompt: Input should be a valid list")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -15,15 +16,25 @@ START_PATIENCE_S = 900
 
 @pytest.fixture(scope="session")
 def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """`pd-launch up` with the example's configuration, and a second decode node for what must survive the death of one.
+    """`pd-launch up` with the example's configuration. Its end is part of the test: nothing may be left."""
+    with _up(tmp_path_factory.mktemp("real"), nodes=2) as run:
+        yield run
 
-    Its end is part of the test: nothing may be left.
-    """
+
+@pytest.fixture(scope="module")
+def real_trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """... with a second decode node, for what must survive the death of one, and a proxy that notices silence soon."""
+    flags = ["--decode", "2", "--proxy-args=--decode-silence-timeout-s", "--proxy-args=20"]
+    with _up(tmp_path_factory.mktemp("trio"), *flags, nodes=3) as run:
+        yield run
+
+
+@contextmanager
+def _up(folder: Path, *flags: str, nodes: int) -> Iterator[Up]:
     # A transfer timeout longer than any test's patience: what is free again was released, and did not expire.
-    flags = ["--config", str(ROOT / "examples" / "cpu-1p1d.yaml"), "--transfer-timeout-s", "600"]
-    flags += ["--decode", "2", "--proxy-args=--decode-silence-timeout-s", "--proxy-args=20"]
+    always = ["--config", str(ROOT / "examples" / "cpu-1p1d.yaml"), "--transfer-timeout-s", "600"]
     shared_before = set(os.listdir("/dev/shm"))  # noqa: PTH208
-    with up(tmp_path_factory.mktemp("real"), *flags, nodes=3) as run:
+    with up(folder, *always, *flags, nodes=nodes) as run:
         run.until("Ready:", START_PATIENCE_S)
         yield run
         children = run.descendants()

@@ -149,9 +149,9 @@ def test_kv_that_a_refusal_left_behind_is_released(real_pair: Up) -> None:
 
 
 def test_the_proxy_has_proof_that_kv_moves(real_pair: Up) -> None:
-    decode = [n for n in httpx.get(f"{real_pair.url}/health").json()["nodes"] if n["role"] == "decode"]
-    assert [node["kv"] for node in decode] == ["moving", "moving"]
-    assert metric(real_pair.url, "pd_kv_moving") == 2
+    decode = next(n for n in httpx.get(f"{real_pair.url}/health").json()["nodes"] if n["role"] == "decode")
+    assert decode["kv"] == "moving"
+    assert metric(real_pair.url, "pd_kv_moving") == 1
 
 
 def test_the_curl_example_runs(real_pair: Up) -> None:
@@ -170,5 +170,5 @@ def test_the_openai_client_example_runs(real_pair: Up) -> None:
 def test_the_real_nodes_are_healthy_and_hold_nothing_in_the_end(real_pair: Up) -> None:
     health = httpx.get(f"{real_pair.url}/health").json()
     assert health["status"] == "ok"
-    assert [node["in_flight"] for node in health["nodes"]] == [0, 0, 0]
+    assert [node["in_flight"] for node in health["nodes"]] == [0, 0]
     wait_until(lambda: kv_in_use(real_pair) == 0, "all KV to be free")

@@ -1,4 +1,4 @@
-"""Real engines die, hang and come back under running requests. Last of all: whoever comes after meets another pair."""
+"""Real engines die, hang and come back under running requests."""
 
 import signal
 import threading
@@ -76,17 +76,17 @@ def text_of(chunk: Any) -> str:
     [("completions", kill_engine_core), ("chat", stop_all_of_it)],
     ids=["engine core killed", "all of it stopped"],
 )
-def test_a_stream_outlives_its_decode_node_and_says_the_same(real_pair: Up, route: str, kill: Kill) -> None:
-    until_all_are_well(real_pair)
-    undisturbed = list(stream(real_pair, route))
-    resumed = metric(real_pair.url, "pd_resumed_total", outcome="done")
-    broken = stream(real_pair, route)
+def test_a_stream_outlives_its_decode_node_and_says_the_same(real_trio: Up, route: str, kill: Kill) -> None:
+    until_all_are_well(real_trio)
+    undisturbed = list(stream(real_trio, route))
+    resumed = metric(real_trio.url, "pd_resumed_total", outcome="done")
+    broken = stream(real_trio, route)
     chunks = [next(broken) for _ in range(5)]
-    name = next(name for name, node in health(real_pair).items() if node["role"] == "decode" and node["in_flight"])
-    victim = node_process(real_pair, name)
+    name = next(name for name, node in health(real_trio).items() if node["role"] == "decode" and node["in_flight"])
+    victim = node_process(real_trio, name)
     kill(victim)
     chunks += list(broken)
-    assert metric(real_pair.url, "pd_resumed_total", outcome="done") == resumed + 1
+    assert metric(real_trio.url, "pd_resumed_total", outcome="done") == resumed + 1
     assert "".join(map(text_of, chunks)) == "".join(map(text_of, undisturbed))
     assert chunks[-1].usage.completion_tokens == TOKENS
     assert chunks[-1].usage.prompt_tokens == undisturbed[-1].usage.prompt_tokens
@@ -94,12 +94,12 @@ def test_a_stream_outlives_its_decode_node_and_says_the_same(real_pair: Up, rout
         for process in (victim, *victim.children(recursive=True)):
             process.send_signal(signal.SIGCONT)
     else:
-        real_pair.until(f"{name} is ready again.", RESTART_PATIENCE_S)
-    until_all_are_well(real_pair)
+        real_trio.until(f"{name} is ready again.", RESTART_PATIENCE_S)
+    until_all_are_well(real_trio)
 
 
-def test_requests_are_answered_while_the_prefill_node_dies_and_comes_back_with_a_new_identity(real_pair: Up) -> None:
-    until_all_are_well(real_pair)
+def test_requests_are_answered_while_the_prefill_node_dies_and_comes_back_with_a_new_identity(real_trio: Up) -> None:
+    until_all_are_well(real_trio)
     statuses: list[tuple[int, str]] = []
     enough = threading.Event()
 
@@ -108,7 +108,7 @@ def test_requests_are_answered_while_the_prefill_node_dies_and_comes_back_with_a
         while not enough.is_set():
             number += 1
             body = {"model": "tiny", "prompt": f"{number} {PROMPT}", "max_tokens": 4}
-            answer = httpx.post(f"{real_pair.url}/v1/completions", json=body, timeout=300)
+            answer = httpx.post(f"{real_trio.url}/v1/completions", json=body, timeout=300)
             statuses.append((answer.status_code, answer.headers.get("x-pd-path", "")))
             time.sleep(0.05)
 
@@ -116,9 +116,9 @@ def test_requests_are_answered_while_the_prefill_node_dies_and_comes_back_with_a
     asking.start()
     try:
         wait_until(lambda: len(statuses) > 3, "some answers")
-        kill_api_server(node_process(real_pair, "prefill-0"))
-        real_pair.until("prefill-0 is ready again.", RESTART_PATIENCE_S)
-        until_all_are_well(real_pair)
+        kill_api_server(node_process(real_trio, "prefill-0"))
+        real_trio.until("prefill-0 is ready again.", RESTART_PATIENCE_S)
+        until_all_are_well(real_trio)
         seen = len(statuses)
         wait_until(lambda: len(statuses) > seen + 5, "some answers", RESTART_PATIENCE_S)
     finally:
@@ -127,7 +127,7 @@ def test_requests_are_answered_while_the_prefill_node_dies_and_comes_back_with_a
     assert {status for status, _ in statuses} == {200}
     assert statuses[0][1] == statuses[-1][1] == "disaggregated"
     assert any(path.startswith("aggregated") for _, path in statuses)
-    wait_until(lambda: kv_in_use(real_pair) == 0, "all KV to be free", 120)
+    wait_until(lambda: kv_in_use(real_trio) == 0, "all KV to be free", 120)
 
 
 def kv_in_use(run: Up) -> float:

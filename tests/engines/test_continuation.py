@@ -62,9 +62,25 @@ def test_a_client_that_asked_for_ids_gets_the_bytes_unchanged() -> None:
 def test_tokens_whose_text_has_not_been_sent_come_again() -> None:
     """Half a character: the node holds the text back until the rest of it comes."""
     sent = SentTokens(hide=True)
-    for part in STREAM[:3]:
+    for part in (event("a", [10]), event("b", [11]), event("", [12]), event("", [13])):
         sent.feed(part)
-    assert sent.token_ids() == [10, 11, 12]
+    assert sent.can_go_on
+    assert sent.token_ids() == [10, 11]
+
+
+def test_tokens_that_were_shown_may_not_come_again() -> None:
+    sent = SentTokens(hide=False)
+    sent.feed(event("a", [10]))
+    assert sent.can_go_on
+    sent.feed(event("", [11]))
+    assert not sent.can_go_on
+
+
+@pytest.mark.parametrize("last", [event("bc", [11, 12]), event("b", None), event("b", [])])
+def test_where_the_tokens_are_not_known_one_by_one_nothing_goes_on(last: bytes) -> None:
+    sent = SentTokens(hide=True)
+    sent.feed(event("a", [10]) + last)
+    assert not sent.can_go_on
 
 
 def test_an_engines_death_as_an_event_is_kept_from_the_client() -> None:
@@ -88,6 +104,9 @@ def test_an_engines_death_as_an_event_is_kept_from_the_client() -> None:
         (CHAT, {"messages": [], "stream": True, "stop": "x"}, False),
         (CHAT, {"messages": [], "stream": True, "stream_options": {"continuous_usage_stats": True}}, False),
         (COMPLETIONS, {"prompt": "x", "stream": True, "repetition_penalty": 1.1}, False),
+        (COMPLETIONS, {"prompt": "x", "stream": True, "stream_options": "x"}, False),
+        (COMPLETIONS, {"prompt": "x", "stream": True, "stream_options": [1]}, False),
+        (CHAT, {"messages": [], "stream": True, "include_reasoning": False}, False),
     ],
 )
 def test_what_can_be_continued(route: Any, body: dict[str, Any], can: bool) -> None:
@@ -96,7 +115,7 @@ def test_what_can_be_continued(route: Any, body: dict[str, Any], can: bool) -> N
 
 def test_the_rest_is_asked_for_by_token_ids() -> None:
     body = {"model": "m", "messages": [{}], "max_completion_tokens": 9, "min_tokens": 4, "seed": 3, "stream": True,
-            "chat_template_kwargs": {}}  # fmt: skip
+            "chat_template_kwargs": {}, "truncate_prompt_tokens": 1, "logprobs": False}  # fmt: skip
     rest = continuation_body(body, [1, 2], [3, 4, 5], 100)
     assert rest == {
         "model": "m", "seed": 3, "stream": True, "prompt": [1, 2, 3, 4, 5], "max_tokens": 6, "min_tokens": 1,

@@ -50,6 +50,15 @@ def test_a_hand_off_that_its_decode_node_never_took_is_released(
     assert ask(proxy.url).is_success
 
 
+@pytest.mark.parametrize("options", ["x", [1], 7])
+def test_a_field_that_only_the_decode_leg_has_and_that_is_none_holds_no_kv(
+    prefill: Sim, proxy: Proxy, options: Any
+) -> None:
+    assert ask(proxy.url, stream=True, stream_options=options).status_code == 400
+    wait_until(lambda: prefill.kv_usage() == 0, "the release")
+    assert prefill.state()["expired"] == 0
+
+
 def test_what_the_decode_nodes_serving_layer_refuses_is_not_released_twice(prefill: Sim, proxy: Proxy) -> None:
     """A second empty pull would keep one of the prefill node's sender tasks for the whole transfer timeout."""
     assert ask(proxy.url, max_tokens=10**6).status_code == 400

@@ -1,5 +1,6 @@
 """A decode node dies in the middle of a stream, and the client does not notice."""
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -119,6 +120,21 @@ def test_a_stream_that_loses_two_nodes_goes_on_all_the_same(trio: Trio) -> None:
     for node in trio.decode:
         node.control(fault="drop-after", chunks=4, times=1)
     assert said(trio.stream("/v1/chat/completions")) == said(whole)
+
+
+def test_it_goes_on_without_a_prefill_node_too(trio: Trio) -> None:
+    whole = trio.stream("/v1/chat/completions")
+    for node in trio.decode:
+        node.control(fault="drop-after", chunks=6, itl_s=0.1, times=1)
+    body = CHAT | {"stream": True}
+    with httpx.stream("POST", f"{trio.proxy.url}/v1/chat/completions", json=body, timeout=60) as broken:
+        pieces = broken.iter_bytes()
+        first = next(pieces)
+        trio.prefill.control(fault="drop")
+        text = (first + b"".join(pieces)).decode()
+    chunks = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n") if line and "[DONE]" not in line]
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == said(whole)
+    assert text.endswith("data: [DONE]\n\n")
 
 
 def test_the_openai_client_does_not_notice(trio: Trio) -> None:
