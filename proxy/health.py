@@ -25,6 +25,9 @@ from .transport import Deadline, Headers, NodeClient
 
 logger = logging.getLogger("pd_proxy.health")
 
+_LATE_IN_A_ROW = 3
+"""A busy machine answers late now and then; requests have deadlines of their own, and breakers."""
+
 
 class Prober:
     """Asks every node in turn of time, and tells the pool and the transfer watch."""
@@ -45,6 +48,8 @@ class Prober:
         self._clients: dict[str, NodeClient] = {}
         """By the address probed: connections of their own, which no request waits for."""
         self._progress: dict[Node, tuple[vllm.Gauges, float]] = {}
+        self._late: dict[Node, int] = {}
+        """Probes in a row that were not answered in time."""
 
     async def run(self) -> None:
         """Probe for ever."""
@@ -56,6 +61,7 @@ class Prober:
         """Probe every node once, all at the same time."""
         nodes = list(self._pool)
         self._progress = {node: seen for node, seen in self._progress.items() if node in nodes}
+        self._late = {node: times for node, times in self._late.items() if node in nodes}
         self._watch.forget_all_but(nodes)
         await asyncio.gather(*(self._probe(node) for node in nodes))
         self._after_a_round()
@@ -73,11 +79,16 @@ class Prober:
             ranks = await self._identity(node)
             node.gauges = vllm.gauges((await self._get(node.spec.url, "/metrics")).decode("utf-8", "replace"))
             self._must_get_on(node)
+        except _LateError as exc:
+            self._late[node] = self._late.get(node, 0) + 1
+            if node.problem is not None or self._late[node] >= _LATE_IN_A_ROW:
+                node.failed(str(exc))
         except _ProbeError as exc:
             node.failed(str(exc))
         except (KeyError, TypeError, ValueError):
             node.failed("answers, but not as a vLLM server does")
         else:
+            self._late.pop(node, None)
             misfit = self._pool.misfit(node, models)
             if misfit:
                 node.failed(misfit)
@@ -122,7 +133,7 @@ class Prober:
             finally:
                 answer.close()
         except NodeTimeoutError as exc:
-            raise _ProbeError(f"no answer to {path} in {deadline.seconds:g} s") from exc
+            raise _LateError(f"no answer to {path} in {deadline.seconds:g} s") from exc
         except NodeError as exc:
             raise _ProbeError(f"cannot be reached for {path}") from exc
         if answer.status != 200:
@@ -132,6 +143,10 @@ class Prober:
 
 class _ProbeError(Exception):
     """What a probe found, in words for `/health`."""
+
+
+class _LateError(_ProbeError):
+    """It may be busy, and may be dead."""
 
 
 def _tokens(gauges: vllm.Gauges) -> tuple[Any, ...]:
