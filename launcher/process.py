@@ -73,6 +73,15 @@ class Child:
         await self._process.wait()
         await self._group_is_gone()
 
+    async def stop_what_is_left(self, timeout_s: float) -> None:
+        """Of a tree whose root has died: SIGTERM to all of it, and SIGKILL only to what does not go.
+
+        Python's resource tracker outlives the others by a moment, and takes their semaphores out of /dev/shm.
+        """
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGTERM)
+        await self.stop(timeout_s)
+
     def kill(self) -> None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)

@@ -189,7 +189,7 @@ class Supervisor:
             pause_s = min(_FIRST_PAUSE_S * 2 ** max(len(deaths) - 1, failed_starts), _LONGEST_PAUSE_S)
             self._progress.say(f"{error}\n{error.hint}\nStarting {spec.name} again in {pause_s:g} s.")
             self._note_shared_memory(self._children[spec.name])
-            await self._children[spec.name].stop(0)  # what is left of its tree holds its ports
+            await self._children[spec.name].stop_what_is_left(self._stop_timeout_s)  # it holds ports and memory
             process.remove_unmapped(self._shared.get(spec.name, ()))
             await asyncio.sleep(pause_s)
             failed_starts = 0 if await self._start_again(spec) else failed_starts + 1
