@@ -42,10 +42,11 @@ from .failover import RetryBudget
 from .health import Prober
 from .keys import KeyCheck
 from .media import Media
-from .metrics import Metrics
+from .metrics import Metrics, observe_loop_lag
 from .pool import Limits, Node, Pool, Share
 from .release import Releaser
 from .server import ClientConnection, refuse_unless_json
+from .shutdown import Shutdown
 from .transfer import TransferWatch
 from .transport import Deadline, Headers, NodeClients
 
@@ -69,6 +70,7 @@ class Parts:
         self.watch = TransferWatch(self.pool)
         self.prober = Prober(settings, self.pool, self.watch, self.node_headers, self.admission.let_in)
         self.media = Media(settings)
+        self.shutdown = Shutdown(settings.shutdown_delay_s)
         metrics = Metrics()
         clients = NodeClients(self.pool, settings.connect_timeout_s)
         self.plane = DataPlane(
@@ -90,7 +92,8 @@ class Parts:
         for task in tasks:
             task.add_done_callback(_report_death)
         try:
-            yield
+            with self.shutdown.announced():
+                yield
         finally:
             for task in tasks:
                 task.cancel()
@@ -101,8 +104,13 @@ class Parts:
             self.board.close()
 
     def _work(self) -> list[tuple[str, Any]]:
-        late = server.close_the_late(self.settings.head_timeout_s, self.settings.body_timeout_s)
-        work = [("prober", self.prober.run()), ("late clients", late)]
+        settings = self.settings
+        late = server.close_the_late(settings.head_timeout_s, settings.body_timeout_s, settings.client_stall_timeout_s)
+        work = [
+            ("prober", self.prober.run()),
+            ("late clients", late),
+            ("loop lag", observe_loop_lag(self.plane.metrics.loop_lag_seconds)),
+        ]
         if self.board.is_shared:
             work.append(("board", self.board.run(self._row, self._take_in_the_others)))
         if self.settings.topology_file:
@@ -182,11 +190,13 @@ def _add_information_routes(app: FastAPI, parts: Parts) -> None:
         """200 when requests are answered; says of each node why it gets none.
 
         "degraded": they are, but decode nodes compute prompts: no prefill node is usable, or KV does not move.
+        "stopping" (503): they still are, but send no more.
         """
         stuck = any(watch.verdict(node) == "not moving" for node in pool.of(Role.DECODE))
         status = ("ok" if pool.has(Role.PREFILL) and not stuck else "degraded") if can_serve() else "unavailable"
+        status = "stopping" if parts.shutdown.has_begun else status
         nodes = [_node_health(node, watch) for node in pool]
-        return JSONResponse({"status": status, "nodes": nodes}, 503 if status == "unavailable" else 200)
+        return JSONResponse({"status": status, "nodes": nodes}, 503 if status in ("unavailable", "stopping") else 200)
 
     @app.get("/v1/models")
     async def models() -> Response:

@@ -79,9 +79,15 @@ def serve(  # noqa: PLR0913, PLR0917  a command's flags
     request_timeout_s: Annotated[
         float, typer.Option(help="For a whole request; clients may ask for less (x-request-timeout).")
     ] = 3600,
+    shutdown_delay_s: Annotated[
+        float, typer.Option(help="After SIGTERM, serve so long with /health at 503, for a load balancer to notice.")
+    ] = 0,
     shutdown_grace_s: Annotated[float, typer.Option(help="How long running answers may go on after SIGTERM.")] = 30,
     head_timeout_s: Annotated[float, typer.Option(help="For a request's head to come.")] = 10,
     body_timeout_s: Annotated[float, typer.Option(help="Between two pieces of a request's body.")] = 30,
+    client_stall_timeout_s: Annotated[
+        float, typer.Option(help="A client that takes no byte of its answer for so long loses it.")
+    ] = 120,
     max_in_flight: Annotated[int, typer.Option(help="Requests inside at once, in each worker.")] = 4096,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait for a place; more get a 429.")] = 1024,
     queue_timeout_s: Annotated[float, typer.Option(help="How long one may wait.")] = 30,
@@ -135,7 +141,9 @@ def serve(  # noqa: PLR0913, PLR0917  a command's flags
             decode_start_timeout_s=decode_start_timeout_s,
             decode_silence_timeout_s=decode_silence_timeout_s,
             request_timeout_s=request_timeout_s,
+            shutdown_delay_s=shutdown_delay_s,
             shutdown_grace_s=shutdown_grace_s,
+            client_stall_timeout_s=client_stall_timeout_s,
             head_timeout_s=head_timeout_s,
             body_timeout_s=body_timeout_s,
             max_in_flight=max_in_flight,

@@ -75,6 +75,8 @@ class ProxySettings(BaseModel):
     body_timeout_s: float = Field(30, gt=0)
     """Between two pieces of a request's body."""
     max_body_bytes: int = Field(64 * 2**20, gt=0)
+    shutdown_delay_s: float = Field(0, ge=0)
+    """From SIGTERM, which /health tells at once (503), to the end of accepting: for a load balancer to notice."""
     shutdown_grace_s: float = Field(30, ge=0)
 
     @model_validator(mode="after")

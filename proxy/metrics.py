@@ -4,6 +4,8 @@ Kept as plain numbers, and put into Prometheus' words when somebody asks: the cl
 count, and a worker process must hand its figures to the others (`board.py`), which numbers can be.
 """
 
+import asyncio
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,6 +21,7 @@ from .pool import Pool
 from .transfer import TransferWatch
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_LAG_EVERY_S = 0.5
 _BETWEEN = "\n"
 """Between the label values of one count, in a key."""
 
@@ -68,6 +71,7 @@ class Metrics:
         self.time_to_first_event_seconds = Seconds("Client request to the first byte of decode's answer.")
         self.hand_off_seconds = Seconds("Decode leg, request to first event: its queue, the KV's way, the first step.")
         self.mean_inter_token_seconds = Seconds("Time between two tokens of a stream, its mean.")
+        self.loop_lag_seconds = Seconds("How late a timer of the event loop was: what every stream waits for.")
         self.request_seconds = Seconds("Client request to the end of its answer.")
 
     def snapshot(self) -> dict[str, Any]:
@@ -100,6 +104,14 @@ class Metrics:
         registry.register(_Own(self, counted, now))
         registry.register(_Nodes(pool, watch))
         return generate_latest(registry)
+
+
+async def observe_loop_lag(lag: Seconds) -> None:
+    """For ever: how much later than asked for the loop comes back."""
+    while True:
+        due = time.monotonic() + _LAG_EVERY_S
+        await asyncio.sleep(_LAG_EVERY_S)
+        lag.observe(max(0.0, time.monotonic() - due))
 
 
 class _Own(Collector):

@@ -48,7 +48,11 @@ class ClientProtocol(HttpToolsProtocol):
     since: float = 0.0
     """When a piece of it came last, or its connection; on the machine's monotonic clock."""
     all: ClassVar[set["ClientProtocol"]] = set()
+    closing: ClassVar[bool] = False
+    """Whether answers should be their connection's last: the process is about to end."""
     _has_begun = False
+    _untaken = 0
+    _untaken_since = 0.0
     _head_bytes = 0
     _refusal = (400, "BadRequestError", "this is not a valid HTTP request")
 
@@ -83,8 +87,19 @@ class ClientProtocol(HttpToolsProtocol):
         super().on_message_complete()
         self.waits_for = None
 
+    def abort_if_stalled(self, now: float, stall_s: float) -> None:
+        """A client that takes nothing of what was written for it loses its connection."""
+        untaken = self.transport.get_write_buffer_size()
+        if untaken == 0 or untaken != self._untaken:
+            self._untaken, self._untaken_since = untaken, now
+        elif now - self._untaken_since > stall_s:
+            self.transport.abort()
+
     def close_if_late(self, now: float, head_s: float, body_s: float) -> None:
         """A client that does not go on with its request loses its connection: whoever waits costs a socket."""
+        if self._is_answering_an_earlier_one():
+            self.since = now  # it is not read meanwhile
+            return
         if self.waits_for is None or now - self.since <= (head_s if self.waits_for == "head" else body_s):
             return
         if not self._has_begun:
@@ -94,6 +109,10 @@ class ClientProtocol(HttpToolsProtocol):
             self.send_400_response("")
         else:
             self.transport.close()  # it is answered, and goes on sending
+
+    def _is_answering_an_earlier_one(self) -> bool:
+        running = self.cycle is not None and not self.cycle.response_complete
+        return bool(self.pipeline) or (running and self.waits_for == "head")
 
     def send_400_response(self, msg: str) -> None:
         """In OpenAI's shape, and with the status of what is wrong."""
@@ -130,13 +149,14 @@ class ClientProtocol(HttpToolsProtocol):
             self.source.resume()
 
 
-async def close_the_late(head_s: float, body_s: float) -> None:
+async def close_the_late(head_s: float, body_s: float, stall_s: float) -> None:
     """Look at all connections, for ever."""
     while True:
         await asyncio.sleep(_LOOK_EVERY_S)
         now = time.monotonic()
         for connection in tuple(ClientProtocol.all):
             connection.close_if_late(now, head_s, body_s)
+            connection.abort_if_stalled(now, stall_s)
 
 
 class BodyTooLargeError(ProxyError):
@@ -290,6 +310,8 @@ class ClientConnection:
         lines = [STATUS_LINE[status]]
         lines += [b"%b: %b\r\n" % header for header in self._cycle.default_headers]
         lines += [b"%b: %b\r\n" % header for header in headers]
+        if ClientProtocol.closing:
+            self._cycle.keep_alive = False
         if not self._cycle.keep_alive:
             lines.append(b"connection: close\r\n")
         lines += (length, b"\r\n")

@@ -31,6 +31,32 @@ def test_running_streams_are_finished_before_it_ends() -> None:
         assert proxy.process.wait(30) == 0
 
 
+def test_a_load_balancer_is_told_before_connections_are_refused() -> None:
+    with (
+        sim_node("prefill") as prefill,
+        sim_node("decode") as decode,
+        proxy_in_front_of(prefill, decode, flags=["--shutdown-delay-s", "600"]) as proxy,
+    ):
+        proxy.process.terminate()
+        wait_until(lambda: httpx.get(f"{proxy.url}/health").status_code == 503, "/health to say it")
+        assert proxy.health()["status"] == "stopping"
+        answer = httpx.post(f"{proxy.url}/v1/completions", json=BODY)
+        assert answer.is_success
+        assert answer.headers["connection"] == "close"
+        proxy.process.terminate()
+        assert proxy.process.wait(30) == 0
+
+
+def test_a_shutdown_delay_ends_by_itself() -> None:
+    with (
+        sim_node("prefill") as prefill,
+        sim_node("decode") as decode,
+        proxy_in_front_of(prefill, decode, flags=["--shutdown-delay-s", "1", "--workers", "2"]) as proxy,
+    ):
+        proxy.process.terminate()
+        assert proxy.process.wait(60) == 0
+
+
 def refuses_connections(url: str) -> bool:
     host, port = url.removeprefix("http://").split(":")
     with socket.socket() as probe:

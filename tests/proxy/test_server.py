@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import trustme
 
@@ -59,6 +60,52 @@ def test_a_request_that_does_not_go_on_loses_its_connection(impatient: Proxy, se
         if answer:
             assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "RequestTimeoutError"
     assert httpx.get(f"{impatient.url}/health").is_success
+
+
+def test_half_a_request_behind_a_running_stream_does_not_end_it() -> None:
+    body = json.dumps(json.loads(BODY) | {"stream": True, "ignore_eos": True}).encode()
+    whole = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    flags = ["--head-timeout-s", "1", "--body-timeout-s", "1"]
+    for rest in (b"POST /v1/comp", HEAD + b"Content-Length: 100\r\n\r\n{"):
+        with (
+            sim_node("prefill") as prefill,
+            sim_node("decode") as decode,
+            proxy_in_front_of(prefill, decode, flags=flags) as proxy,
+            connect(proxy) as client,
+        ):
+            decode.control(itl_s=1.0)
+            client.sendall(whole + rest)
+            answers = read_all(client)
+            first, end, second = answers.partition(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+            assert end
+            assert b"408" not in first
+            assert second.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_client_that_never_reads_its_whole_answer_loses_its_connection() -> None:
+    """Once uvicorn has been given an answer nobody waits for it any more, so nobody would notice."""
+    long = {"prompt": "x " * 4_000_000, "echo": True, "max_tokens": 1}
+    body = json.dumps(json.loads(BODY) | long).encode()
+    flags = ("--max-model-len", "10000000")
+    with (
+        sim_node("prefill", flags=flags) as prefill,
+        sim_node("decode", flags=flags) as decode,
+        proxy_in_front_of(prefill, decode, flags=["--client-stall-timeout-s", "1"]) as proxy,
+        socket.socket() as client,
+    ):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = proxy.url.removeprefix("http://").split(":")
+        client.connect((host, int(port)))
+        client.settimeout(60)
+        client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        wait_until(lambda: proxy.metric("pd_requests_total", status="200") == 1, "the answer to be written")
+        wait_until(lambda: not serves(proxy, client.getsockname()[1]), "the connection to be closed")
+
+
+def serves(proxy: Proxy, port: int) -> bool:
+    """Whether the proxy has a connection to this port of a client."""
+    connections = psutil.Process(proxy.process.pid).net_connections()
+    return any(connection.raddr and connection.raddr.port == port for connection in connections)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""SIGTERM: /health says it at once, new requests are served for a while still, and then the listener closes.
+
+A load balancer learns from /health that the proxy goes. What it sends until then would be refused otherwise.
+"""
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from .server import ClientProtocol
+
+
+class Shutdown:
+    """Stands between SIGTERM and uvicorn, which closes its listener as soon as it hears of it."""
+
+    def __init__(self, delay_s: float) -> None:
+        self._delay_s = delay_s
+        self.has_begun = False
+
+    @contextmanager
+    def announced(self) -> Iterator[None]:
+        """While this lasts SIGTERM takes effect after the delay; a second one at once, as does SIGINT."""
+        stop = signal.getsignal(signal.SIGTERM)
+        if not callable(stop):  # no server has asked for it
+            yield
+            return
+        loop = asyncio.get_running_loop()
+
+        def begin(number: int, frame: FrameType | None) -> None:
+            if self.has_begun or not self._delay_s:
+                stop(number, frame)
+                return
+            self.has_begun = ClientProtocol.closing = True
+            loop.call_soon_threadsafe(loop.call_later, self._delay_s, stop, number, None)
+
+        signal.signal(signal.SIGTERM, begin)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, stop)
