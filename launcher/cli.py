@@ -1,6 +1,7 @@
 """`pd-launch`: the commands. Errors become one line and an exit code here, and nowhere else."""
 
 import asyncio
+import dataclasses
 import inspect
 import json
 import shlex
@@ -13,24 +14,27 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from engines.base import foreign_owners
 
-from . import facts, preflight, setup
+from . import detached, doctor, logs, operate, preflight, runs, selftest, setup, shell, show, status
 from .config import TINY_MODEL, LaunchConfig, flag_of, load
 from .errors import ConfigError, LauncherError
-from .plan import NodeProcess, Plan, make_plan
+from .plan import Plan, make_plan
+from .ports import Locks
 from .progress import Progress
-from .supervisor import Supervisor, clear_run_dir
+from .reserve import LockFile, reserve, survey
+from .runs import RunFolder
+from .supervisor import Supervisor
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Plan, check, start and watch prefill/decode-disaggregated vLLM nodes with the Mooncake transfer engine.",
 )
-_out = Console()
+_WIDE = 240
+"""Columns of a screen that is none: a table in a pipe or a file is never cut."""
+_out = Console(width=None if sys.stdout.isatty() else _WIDE)
 _err = Console(stderr=True)
 
 
@@ -42,7 +46,7 @@ def _from_flags(command: Callable[..., None]) -> Callable[..., None]:
     own = [
         parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
         for name, parameter in inspect.signature(command).parameters.items()
-        if name != "config"
+        if name not in ("config", "lock")
     ]
     flags = [_flag(name) for name in LaunchConfig.model_fields]
     file = inspect.Parameter(
@@ -51,14 +55,22 @@ def _from_flags(command: Callable[..., None]) -> Callable[..., None]:
         default=None,
         annotation=Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file with these flags as keys.")],
     )
+    locked = file.replace(
+        name="locked",
+        annotation=Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Repeat the run that wrote this lock.json, ports and all.")
+        ],
+    )
 
-    def with_configuration(config: Path | None, **values: Any) -> None:
-        given = {name: values.pop(name) for name in list(values) if name in LaunchConfig.model_fields}
-        command(config=load({name: value for name, value in given.items() if value is not None}, config), **values)
+    def with_configuration(config: Path | None, locked: Path | None, **values: Any) -> None:
+        flags = {name: values.pop(name) for name in list(values) if name in LaunchConfig.model_fields}
+        given = {name: value for name, value in flags.items() if value is not None}
+        lock = LockFile.read(locked) if locked else None
+        command(config=lock.repeated(given, config) if lock else load(given, config), lock=lock, **values)
 
     with_configuration.__doc__ = command.__doc__
     with_configuration.__name__ = command.__name__
-    with_configuration.__signature__ = inspect.Signature([file, *flags, *own])  # type: ignore[attr-defined]
+    with_configuration.__signature__ = inspect.Signature([file, locked, *flags, *own])  # type: ignore[attr-defined]
     return with_configuration
 
 
@@ -91,67 +103,213 @@ def _metavar(name: str) -> str:
     return {"engine_python": "PATH", "run_dir": "PATH", "devices": "IDS", "env": "NAME=VALUE"}.get(name, "TEXT")
 
 
+RunDir = Annotated[
+    Path | None, typer.Option("--run-dir", metavar="PATH", help="Which run. [default: the one that is alive]")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+
+
 @app.command("up")
 @_from_flags
-def up(config: LaunchConfig) -> None:
+def up(
+    config: LaunchConfig,
+    lock: LockFile | None,
+    detach: Annotated[  # noqa: FBT002
+        bool, typer.Option("--detach", "-d", help="Return when it is ready, and leave it running.")
+    ] = False,
+) -> None:
     """Check, start and watch the nodes and the proxy; Ctrl-C stops all of it."""
-    plan = make_plan(config, facts.gather(config.device))
-    preflight.check(config, plan)
-    asyncio.run(_up(config, plan))
+    if detach:
+        detached.up(config, lock, _out)
+        return
+    _point_out_remains()
+    plan, locks = reserve(config, lock)
+    for line in plan.passed_over:
+        _out.print(line, highlight=False, soft_wrap=True, markup=False)
+    _tell(preflight.check(config, plan, lock.versions if lock else {}))
+    asyncio.run(_up(config, plan, locks))
 
 
-async def _up(config: LaunchConfig, plan: Plan) -> None:
+def _tell(findings: list[preflight.Finding]) -> None:
+    """Warnings to the screen; raises the first error."""
+    preflight.refuse_errors(findings)
+    for finding in findings:
+        show.finding(_out, finding)
+
+
+async def _up(config: LaunchConfig, plan: Plan, locks: Locks) -> None:
     progress = Progress(_out)
     if config.model == TINY_MODEL and config.engine == "vllm":
         async with progress.shown():
             await setup.make_tiny_model(progress, Path(plan.nodes[0].command[0]))
-    clear_run_dir(plan.run_dir)
-    supervisor = Supervisor(
-        plan,
-        progress,
-        ready_timeout_s=config.ready_timeout_s,
-        stop_timeout_s=config.stop_timeout_s,
-        restart=config.restart,
-    )
-    await supervisor.run()
+    folder = RunFolder(plan.run_dir)
+    folder.claim()
+    try:
+        folder.clear()
+        LockFile.of(config, plan).write(plan.run_dir)
+        await Supervisor(config, plan, locks, folder, progress).run()
+    finally:
+        folder.release()
+
+
+def _point_out_remains() -> None:
+    """What earlier runs left is shown, and never taken away without being asked."""
+    for run, _, left in runs.remains():
+        _err.print(
+            f"[yellow]An earlier run left {len(left)} processes ({run.path}).[/] `pd-launch clean --yes` ends them.",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @app.command("plan")
 @_from_flags
 def plan_command(
     config: LaunchConfig,
+    lock: LockFile | None,
     as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON.")] = False,  # noqa: FBT002
+    as_shell: Annotated[  # noqa: FBT002
+        bool, typer.Option("--shell", help="As a shell script that starts the same by hand.")
+    ] = False,
 ) -> None:
     """Show everything `up` would start, and start nothing."""
-    plan = make_plan(config, facts.gather(config.device))
+    plan = make_plan(config, survey(config), lock.seats if lock else ())
     if as_json:
         sys.stdout.write(plan.as_json() + "\n")
+    elif as_shell:
+        sys.stdout.write(shell.script(plan))
     else:
-        _show(plan)
+        show.plan(_out, plan)
 
 
-def _show(plan: Plan) -> None:
-    table = Table(title=f"{plan.served_model_name} on {plan.proxy_url}", title_justify="left", box=None, pad_edge=False)
-    for column in ("name", "listens on", "bind", "purpose", "devices"):
-        table.add_column(column, no_wrap=True)
-    for process in plan.processes:
-        name, devices = process.name, ""
-        if isinstance(process, NodeProcess):
-            devices = ",".join(process.devices)
-        for port in process.ports:
-            table.add_row(name, str(port), port.bind, port.purpose, devices)
-            name = devices = ""
-    _out.print(table)
-    for process in plan.processes:
-        _out.print(f"\n[bold]{process.name}[/]  log {process.log}", highlight=False, soft_wrap=True)
-        for name, value in process.environment.items():
-            _out.out(f"  {name}={shlex.quote(value)}", highlight=False)
-        if process.unset:
-            _out.out(f"  unset {' '.join(process.unset)}", highlight=False)
-        _out.out(f"  {shlex.join(process.command)}", highlight=False)
-    _out.print("\nports that cannot be chosen", highlight=False)
-    for line in plan.unpinned_ports:
-        _out.out(f"  {line}", highlight=False)
+@app.command("check")
+@_from_flags
+def check_command(config: LaunchConfig, lock: LockFile | None, as_json: AsJson = False) -> None:  # noqa: FBT002
+    """Check everything that `up` checks, and start nothing. Exit code 0 when `up` would go on."""
+    plan = make_plan(config, survey(config), lock.seats if lock else ())
+    findings = preflight.check(config, plan, lock.versions if lock else {})
+    if as_json:
+        sys.stdout.write(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1) + "\n")
+    else:
+        for finding in findings:
+            show.finding(_out, finding)
+        errors = sum(finding.severity == "error" for finding in findings)
+        _out.print(f"{errors} errors, {len(findings) - errors} warnings", highlight=False)
+    codes = [finding.exit_code for finding in findings if finding.severity == "error"]
+    raise typer.Exit(codes[0] if codes else 0)
+
+
+@app.command("test")
+@_from_flags
+def test_command(config: LaunchConfig, lock: LockFile | None) -> None:
+    """Try it in stages: transfer engine, each node, their addresses, one request through both. Stops at a failure."""
+    plan, locks = reserve(config, lock)
+    _tell(preflight.check(config, plan, lock.versions if lock else {}))
+    asyncio.run(_test(config, plan, locks))
+
+
+async def _test(config: LaunchConfig, plan: Plan, locks: Locks) -> None:
+    progress = Progress(_out)
+    folder = RunFolder(plan.run_dir)
+    folder.claim()
+    try:
+        folder.clear()
+        await selftest.run(config, plan, locks, folder, progress)
+    finally:
+        folder.release()
+
+
+@app.command("status")
+def status_command(
+    run_dir: RunDir = None,
+    as_json: AsJson = False,  # noqa: FBT002
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again every two seconds, until Ctrl-C.")] = False,  # noqa: FBT002
+) -> None:
+    """Nodes, ports, health, load and the proof that KV moves. Exit code 0 when the run serves."""
+    found = asyncio.run(status.of(runs.choose(run_dir)))
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    elif watch:
+        show.watched(_out, lambda: asyncio.run(status.of(runs.choose(run_dir))))
+    else:
+        show.status(_out, found)
+    raise typer.Exit(0 if found["health"] in ("ok", "degraded") else 1)
+
+
+@app.command("stop")
+def stop_command(run_dir: RunDir = None) -> None:
+    """Stop a run, as Ctrl-C would. Well when there is nothing to stop."""
+    try:
+        run = runs.choose(run_dir, alive=True)
+    except ConfigError as exc:
+        if "runs are alive" in str(exc):
+            raise
+        _out.print("Nothing is running.", highlight=False)
+        return
+    operate.stop(run, _say)
+
+
+@app.command("restart")
+def restart_command(node: str, run_dir: RunDir = None) -> None:
+    """Drain one node (or the proxy), stop it and start it again."""
+    operate.tell(runs.choose(run_dir, alive=True), {"do": "restart", "node": node}, _say)
+
+
+@app.command("scale")
+def scale_command(
+    prefill: Annotated[int | None, typer.Option(metavar="N", help="Number of prefill nodes.")] = None,
+    decode: Annotated[int | None, typer.Option(metavar="M", help="Number of decode nodes.")] = None,
+    run_dir: RunDir = None,
+) -> None:
+    """Start further nodes on free ports of the ranges, or drain and stop the last ones."""
+    if prefill is None and decode is None:
+        raise ConfigError("how many? Give --prefill N, --decode M, or both")
+    command = {"do": "scale", "prefill": prefill, "decode": decode}
+    operate.tell(runs.choose(run_dir, alive=True), command, _say)
+
+
+@app.command("logs")
+def logs_command(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NODE]...", help="[default: all, in one time line]")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as they grow, until Ctrl-C.")] = False,  # noqa: FBT002
+    tail: Annotated[int | None, typer.Option("--tail", "-n", metavar="N", help="Only the last lines.")] = None,
+    run_dir: RunDir = None,
+) -> None:
+    """All nodes' logs in one time line, or some nodes' only."""
+    files = logs.files_of(runs.choose(run_dir).path, names or [])
+    asyncio.run(show.logs(_out, files, tail, follow=follow))
+
+
+@app.command("doctor")
+def doctor_command(
+    places: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FOLDER|LOG]...", help="[default: the last run]")
+    ] = None,
+    as_json: AsJson = False,  # noqa: FBT002
+) -> None:
+    """Read all nodes' logs and say what failed first, on which node, why, and what mends it."""
+    files = doctor.logs_in(places or [runs.choose(None).path])
+    diagnosis = doctor.examine(files)
+    if as_json:
+        sys.stdout.write(json.dumps(doctor.as_data(diagnosis), indent=1) + "\n")
+    else:
+        if diagnosis.first is None:
+            _out.print(f"Nothing known to be wrong in {len(files)} logs.", highlight=False)
+        _out.out(doctor.in_words(diagnosis), highlight=False)
+
+
+@app.command("clean")
+def clean_command(
+    yes: Annotated[bool, typer.Option("--yes", help="Do it, not only show it.")] = False,  # noqa: FBT002
+) -> None:
+    """End what runs left behind whose launcher was killed: processes, shared memory, temporary folders."""
+    operate.clean(_say, do_it=yes)
+
+
+def _say(text: str) -> None:
+    _out.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command("setup")

@@ -100,10 +100,10 @@ class LaunchConfig(BaseModel):
         PortRange(first=20000, last=27999), description="For the transfer engines; a slice for each node."
     )
     store_ports: Ports = Field(
-        PortRange(first=8700, last=8709), description="For mooncake_master: RPC and metrics (store connector only)."
+        PortRange(first=8700, last=8709), description="For mooncake_master: RPC and metrics (with a store)."
     )
     store_client_ports: Ports = Field(
-        PortRange(first=19000, last=19999), description="For the nodes' store clients; a slice for each node."
+        PortRange(first=28000, last=28999), description="For the nodes' store clients; a slice for each node."
     )
     transfer_ports_per_node: int = Field(16, ge=4, description="Size of that slice, for each device of the node.")
     transfer_protocol: Literal["auto", "tcp", "rdma"] = Field(

@@ -7,6 +7,7 @@ LauncherError          1  something failed while running
 ├── NotReadyError      5  a node did not become ready in time
 ├── NodeDiedError      6  a child ended while starting
 ├── KVNotMovedError    7  all nodes are up, but no KV moves
+├── SelfTestError      8  a stage of `pd-launch test` failed (selftest.py)
 └── InterruptedStart 130  Ctrl-C or SIGTERM before everything was up
 """
 

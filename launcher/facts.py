@@ -1,9 +1,11 @@
 """What the plan needs to know of this host. Gathered once; a test makes up its own."""
 
+import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import platformdirs
@@ -28,6 +30,8 @@ class HostFacts:
     """Folder of the modules an engine loads."""
     new_run_dir: Path
     temporary: Path
+    taken: Mapping[int, str] = field(default_factory=dict)
+    """Ports that cannot be had, and who has them, in words."""
 
 
 def gather(device: Device) -> HostFacts:
@@ -40,7 +44,9 @@ def gather(device: Device) -> HostFacts:
         engine_python=str(setup.EngineEnvironment.of(device).python),
         tiny_model=setup.tiny_model_path(),
         plugins=Path(engines.plugins.__path__[0]),
-        new_run_dir=platformdirs.user_state_path(APPLICATION) / "runs" / time.strftime("%Y%m%d-%H%M%S"),
+        new_run_dir=platformdirs.user_state_path(APPLICATION)
+        / "runs"
+        / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
         temporary=Path(tempfile.gettempdir()),
     )
 

@@ -100,7 +100,7 @@ async def _ask(client: httpx.AsyncClient, plan: Plan, question: str, show: Calla
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    async with client.stream("POST", f"{plan.proxy_url}/v1/completions", json=body, headers=_key()) as answer:
+    async with client.stream("POST", f"{plan.proxy_url}/v1/completions", json=body, headers=key()) as answer:
         if answer.status_code != httpx.codes.OK:
             text = (await answer.aread()).decode("utf-8", "replace")
             raise LauncherError(f"the first request failed with {answer.status_code}: {text}", f"Logs: {plan.run_dir}")
@@ -136,7 +136,7 @@ async def _transferred(client: httpx.AsyncClient, plan: Plan) -> float:
     return sum(vllm.transferred_tokens(answer.text) for answer in answers)
 
 
-def _key() -> dict[str, str]:
+def key() -> dict[str, str]:
     """The proxy takes its clients' keys from the environment, which it has from us."""
     keys = os.environ.get("PD_PROXY_API_KEYS", "").split(",")
     return {"Authorization": f"Bearer {keys[0]}"} if keys[0] else {}

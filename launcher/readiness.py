@@ -21,25 +21,25 @@ _LINES_SHOWN = 15
 async def node_ready(child: Child, node: NodeProcess, timeout_s: float) -> None:
     """Returns when the node can be used; raises NodeDiedError or NotReadyError."""
     async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
-        await _before_it_ends(child, _until_node_answers(client, node), timeout_s)
+        await before_it_ends(child, _until_node_answers(client, node), timeout_s)
 
 
 async def service_ready(child: Child, timeout_s: float) -> None:
     """Returns when it listens on its first port; raises NodeDiedError or NotReadyError."""
     port = child.spec.ports[0]
-    await _before_it_ends(child, _until_it_listens(port.bind, port.first), timeout_s)
+    await before_it_ends(child, _until_it_listens(port.bind, port.first), timeout_s)
 
 
 async def proxy_ready(child: Child, plan: Plan, timeout_s: float) -> None:
     """Returns when the proxy says that it can hand requests over; raises NodeDiedError or NotReadyError."""
     async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
-        await _before_it_ends(child, _until_it_hands_over(client, f"{plan.proxy_url}/health"), timeout_s)
+        await before_it_ends(child, _until_it_hands_over(client, f"{plan.proxy_url}/health"), timeout_s)
 
 
 async def proxy_listens(child: Child, plan: Plan, timeout_s: float) -> None:
     """Returns when the proxy answers at all, whatever it says of its nodes; raises NodeDiedError or NotReadyError."""
     host, port = plan.proxy.ports[0].bind, plan.proxy.ports[0].first
-    await _before_it_ends(child, _until_it_listens(host, port), timeout_s)
+    await before_it_ends(child, _until_it_listens(host, port), timeout_s)
 
 
 def died(child: Child) -> NodeDiedError:
@@ -51,8 +51,8 @@ def died(child: Child) -> NodeDiedError:
     )
 
 
-async def _before_it_ends(child: Child, ready: Coroutine[Any, Any, None], limit_s: float) -> None:
-    """`ready`, raced against the child's own end and the clock."""
+async def before_it_ends(child: Child, ready: Coroutine[Any, Any, Any], limit_s: float | None) -> None:
+    """`ready`, raced against the child's own end and the clock. Raises NodeDiedError or NotReadyError."""
     waiting, ending = asyncio.create_task(ready), asyncio.create_task(child.ended())
     try:
         done, _ = await asyncio.wait((waiting, ending), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)

@@ -17,6 +17,7 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -139,6 +140,7 @@ def engine_versions(python: Path) -> dict[str, str]:
     return _probe(python, program, "VERSIONS")
 
 
+@cache
 def quick_versions(python: Path) -> dict[str, str]:
     """As `engine_versions`, but without the seconds that importing vLLM takes: it is only looked for."""
     program = (

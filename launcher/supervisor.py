@@ -1,21 +1,32 @@
-"""A run: start the nodes side by side, then the proxy; prove that KV moves; watch; stop in order."""
+"""A run: start the nodes side by side, then the proxy; prove that KV moves; watch; change; stop in order."""
 
 import asyncio
+import os
 import shutil
 import signal
+import time
 import uuid
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import httpx
+
+from engines import vllm
 from engines.base import Role
 
-from . import process, proof, readiness
-from .errors import InterruptedStart, LauncherError
-from .plan import NodeProcess, Plan, Process
+from . import control, doctor, logs, process, proof, readiness
+from .config import LaunchConfig
+from .control import Say
+from .errors import ConfigError, InterruptedStart, LauncherError, NodeDiedError, PortBusyError
+from .plan import NodeProcess, Plan, Process, another_node, moved_node
+from .ports import Hold, Locks, busy_ports
 from .process import Child
 from .progress import Progress, last_line
+from .reserve import survey
+from .runs import ChildState, RunFolder, RunState
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _FIRST_PAUSE_S = 1.0
@@ -23,32 +34,75 @@ _LONGEST_PAUSE_S = 30.0
 _MOST_DEATHS = 4
 _DEATHS_COUNT_FOR_S = 600.0
 _NOTE_EVERY_S = 5.0
+_MOST_MOVES = 3
+_DRAIN_S = 30.0
+
+Phase = Literal["starting", "ready", "stopping", "stopped"]
+
+
+@dataclass(eq=False, slots=True)
+class _Life:
+    """A child of the plan, through its deaths."""
+
+    spec: Process
+    child: Child | None = None
+    state: Literal["starting", "ready", "draining", "ended", "given up"] = "starting"
+    since: float = 0.0
+    restarts: int = 0
+    log_begins: int = 0
+    """Where in its log this life begins."""
+    shared_memory: set[Path] = field(default_factory=set)
+    hold: Hold | None = None
+    kept: "asyncio.Task[None] | None" = None
+
+    @property
+    def role(self) -> str:
+        if isinstance(self.spec, NodeProcess):
+            return self.spec.role.value
+        return "proxy" if self.spec.name == "proxy" else "service"
+
+    @property
+    def running(self) -> Child:
+        if self.child is None:
+            raise LauncherError(f"{self.spec.name} has not been started")
+        return self.child
 
 
 class Supervisor:
     """Owns every child of a run, from the first to the last."""
 
-    def __init__(
-        self, plan: Plan, progress: Progress, *, ready_timeout_s: float, stop_timeout_s: float, restart: bool
-    ) -> None:
+    def __init__(self, config: LaunchConfig, plan: Plan, locks: Locks, folder: RunFolder, progress: Progress) -> None:
+        self._config = config
         self._plan = plan
+        self._locks = locks
+        self._folder = folder
         self._progress = progress
-        self._ready_timeout_s = ready_timeout_s
-        self._stop_timeout_s = stop_timeout_s
-        self._restart = restart
         self._run_id = uuid.uuid4().hex
-        self._children: dict[str, Child] = {}
-        self._lost: set[str] = set()
-        self._shared: dict[str, set[Path]] = {}
+        self._began = time.time()
+        self._phase: Phase = "starting"
+        self._lives: dict[str, _Life] = {}
+        self._draining: set[str] = set()
+        self._proven: str | None = None
         self._stop_asked = asyncio.Event()
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stopping = False
 
     async def run(self) -> None:
         """Everything up, until a signal or the end of a needed child. Raises LauncherError; all is down afterwards."""
+        async with self._all_down_afterwards():
+            await self._or_interrupted(self._start())
+            await self._watch()
+
+    async def run_through(self, stages: Callable[["Supervisor"], Coroutine[Any, Any, None]]) -> None:
+        """As far as `stages` starts things, and then down again."""
+        async with self._all_down_afterwards():
+            await self._or_interrupted(stages(self))
+
+    @asynccontextmanager
+    async def _all_down_afterwards(self) -> AsyncIterator[None]:
         with self._signals():
             try:
-                await self._or_interrupted(self._start())
-                await self._watch()
+                yield
             finally:
                 self._stopping = True
                 await self._stop_all()
@@ -56,14 +110,31 @@ class Supervisor:
     # -- start
 
     async def _start(self) -> None:
-        async with self._progress.shown():
+        await self.start_nodes()
+        await self.start_proxy()
+        await self._prove()
+        self._enter("ready")
+        self._greet()
+
+    async def start_nodes(self) -> None:
+        """Services, then all nodes side by side. Raises LauncherError, with what the logs say of it."""
+        async with self._explaining(), self._progress.shown():
             self._write_files()
             await self._start_services()
             await self._start_nodes()
             self._write_topology()
+
+    async def start_proxy(self) -> None:
+        """Raises LauncherError."""
+        async with self._explaining(), self._progress.shown():
             await self._start_proxy()
-        await self._prove()
-        self._greet()
+
+    @asynccontextmanager
+    async def _explaining(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except LauncherError as exc:
+            raise self._explained(exc) from None
 
     def _write_files(self) -> None:
         for name, text in self._plan.files.items():
@@ -71,34 +142,77 @@ class Supervisor:
 
     async def _start_services(self) -> None:
         for service in self._plan.services:
-            child = await self._spawn(service)
+            life = await self._spawn(service)
             with self._progress.step(f"{service.name} on port {service.ports[0]}", last_line(service.log)):
-                await readiness.service_ready(child, self._ready_timeout_s)
+                await readiness.service_ready(life.running, self._config.ready_timeout_s)
+            self._is_ready(life)
 
     async def _start_nodes(self) -> None:
-        for node in self._plan.nodes:
-            await self._spawn(node)
-        waits = [asyncio.create_task(self._node_ready(node)) for node in self._plan.nodes]
+        all_ready = asyncio.Event()
+        starting = {node.name for node in self._plan.nodes}
+        waits = [asyncio.create_task(self._node_ready(node, starting, all_ready)) for node in self._plan.nodes]
         try:
-            await self._unless_a_node_dies(_all_of(waits))
+            await asyncio.gather(*waits)
         finally:
             for wait in waits:
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
 
-    async def _node_ready(self, node: NodeProcess) -> None:
-        with self._progress.step(f"{node.name} on {node.url}", last_line(node.log)):
-            await readiness.node_ready(self._children[node.name], node, self._ready_timeout_s)
+    async def _node_ready(self, node: NodeProcess, starting: set[str], all_ready: asyncio.Event) -> None:
+        """One that is ready waits for the others: none of them may end meanwhile."""
+        with self._progress.step(f"{node.name} on {node.url}", self._last_line_of(node.name)):
+            life = await self._brought_up(node)
+        starting.discard(node.name)
+        if not starting:
+            all_ready.set()
+        await readiness.before_it_ends(life.running, all_ready.wait(), None)
+
+    async def _brought_up(self, node: NodeProcess) -> _Life:
+        """A node that is ready; on other ports, should somebody have taken one of its own meanwhile."""
+        for moves in range(_MOST_MOVES + 1):
+            try:
+                life = await self._spawn(node)
+                await readiness.node_ready(life.running, node, self._config.ready_timeout_s)
+            except (NodeDiedError, PortBusyError) as exc:
+                await self._clear_away(self._lives[node.name])
+                thief = self._thief(node)
+                if thief is None or moves == _MOST_MOVES:
+                    raise
+                node = self._moved(node, thief, exc)
+            else:
+                self._is_ready(life)
+                return life
+        raise AssertionError
+
+    def _thief(self, node: NodeProcess) -> str | None:
+        """Who has a port that the node needs, now that it has ended: nobody of this run."""
+        single = (port for port in node.ports if port.first == port.last)
+        busy = next((busy for port in single for busy in busy_ports(port)), None)
+        return f"port {busy.port} was taken by {busy.holder}" if busy else None
+
+    def _moved(self, node: NodeProcess, thief: str, error: LauncherError) -> NodeProcess:
+        try:
+            new = moved_node(self._plan, self._config, survey(self._config), node)
+            self._locks.take(new.ports)
+        except LauncherError:
+            raise error from None  # there is nowhere to go
+        self._locks.give_back(node.ports)
+        self._plan = self._plan.with_node(new)
+        self._progress.say(f"{node.name}: {thief}; going on with {new.url}")
+        return new
 
     async def _start_proxy(self) -> None:
-        child = await self._spawn(self._plan.proxy)
+        life = await self._spawn(self._plan.proxy)
         with self._progress.step(f"proxy on {self._plan.proxy_url}", last_line(self._plan.proxy.log)):
-            await self._unless_a_node_dies(readiness.proxy_ready(child, self._plan, self._ready_timeout_s))
+            await self._unless_a_node_dies(
+                readiness.proxy_ready(life.running, self._plan, self._config.ready_timeout_s)
+            )
+        self._is_ready(life)
 
     async def _unless_a_node_dies(self, work: Coroutine[Any, Any, None]) -> None:
         """`work`, which waits for something that no longer comes when a node ends. Raises NodeDiedError then."""
         working = asyncio.create_task(work)
-        ends = {asyncio.create_task(child.ended()): child for child in self._children.values()}
+        ends = {asyncio.create_task(life.running.ended()): life.running for life in self._lives.values()}
         try:
             done, _ = await asyncio.wait({working, *ends}, return_when=asyncio.FIRST_COMPLETED)
             for end, child in ends.items():
@@ -110,19 +224,72 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(working, *ends, return_exceptions=True)
 
-    async def _spawn(self, spec: Process) -> Child:
+    async def _spawn(self, spec: Process) -> _Life:
+        """Start a child, in its first life or a new one. Raises PortBusyError when a port of its is taken."""
+        life = self._lives.setdefault(spec.name, _Life(spec))
+        life.spec, life.state, life.since = spec, "starting", time.time()
+        life.log_begins = spec.log.stat().st_size if spec.log.exists() else 0
+        life.hold = Hold(spec.ports)
         folder = self._plan.temporary / spec.name
         folder.mkdir(parents=True, exist_ok=True)
-        child = await Child.start(spec, self._run_id, folder)
-        self._children[spec.name] = child
-        return child
+        life.child = await Child.start(spec, self._run_id, folder)
+        self._write_state()
+        return life
+
+    def _is_ready(self, life: _Life) -> None:
+        life.state = "ready"
+        if life.hold is not None:
+            life.hold.let_go()
+        self._write_state()
 
     def _write_topology(self) -> None:
         """Whole or not at all: the proxy may read it at any moment."""
         file = self._plan.topology_file
         unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(self._plan.topology().model_dump_json(indent=2) + "\n")
+        unfinished.write_text(self._plan.topology(self._draining).model_dump_json(indent=2) + "\n")
         unfinished.rename(file)
+
+    def _enter(self, phase: Phase) -> None:
+        self._phase = phase
+        self._write_state()
+
+    def _write_state(self) -> None:
+        plan = self._plan
+        children = tuple(
+            ChildState(
+                name=life.spec.name,
+                role=life.role,
+                state="draining" if life.spec.name in self._draining else life.state,
+                pid=life.child.pid if life.child else None,
+                since=life.since,
+                restarts=life.restarts,
+                url=life.spec.url if isinstance(life.spec, NodeProcess) else None,
+                ports=tuple(f"{port.purpose} {port}" for port in life.spec.ports),
+                log=life.spec.log,
+                shared_memory=tuple(sorted(life.shared_memory)),
+            )
+            for life in self._lives.values()
+        )
+        state = RunState(
+            id=self._run_id, launcher=os.getpid(), phase=self._phase, engine=plan.engine, connector=plan.connector,
+            model=plan.served_model_name, proxy_url=plan.proxy_url, temporary=plan.temporary, control=self._control,
+            began=self._began, written=time.time(), proven=self._proven, children=children,
+        )  # fmt: skip
+        with suppress(OSError):  # a full disk: the run goes on
+            self._folder.write(state)
+
+    @property
+    def _control(self) -> Path:
+        return self._plan.temporary / "control"
+
+    def _last_line_of(self, name: str) -> Callable[[], str]:
+        log = self._plan.run_dir / f"{name}.log"
+        return last_line(log)
+
+    @property
+    def plan(self) -> Plan:
+        """As it is carried out: nodes may have moved to other ports."""
+        return self._plan
 
     async def _prove(self) -> None:
         console = self._progress.console
@@ -130,12 +297,13 @@ class Supervisor:
         console.print(f"[bold]asked[/]     {proof.QUESTION.format(1)}", highlight=False, soft_wrap=True)
         console.print("[bold]answered[/]  ", end="")
         try:
-            result = await proof.prove(self._plan, lambda text: console.out(text, end="", highlight=False))
+            async with self._explaining():
+                result = await proof.prove(self._plan, lambda text: console.out(text, end="", highlight=False))
         finally:
             console.print()
+        self._proven = f"{result.transferred} of {result.prompt_tokens} prompt tokens"
         console.print(
-            f"[bold]KV moved[/]  {result.transferred} of {result.prompt_tokens} prompt tokens went from prefill to "
-            "decode (counted by the decode node)",
+            f"[bold]KV moved[/]  {self._proven} went from prefill to decode (counted by the decode node)",
             highlight=False,
             soft_wrap=True,
         )
@@ -145,7 +313,7 @@ class Supervisor:
         self._progress.say(
             f"\nReady: {plan.proxy_url}/v1  model {plan.served_model_name}\n"
             f"Logs:  {plan.run_dir}\n"
-            "Stop with Ctrl-C. Try:\n"
+            "Stop with Ctrl-C, or from anywhere with `pd-launch stop`. Try:\n"
             f"  curl {plan.proxy_url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
             f'    -d \'{{"model": "{plan.served_model_name}", "max_tokens": 32, "stream": true, '
             '"messages": [{"role": "user", "content": "Hello"}]}\''
@@ -156,20 +324,32 @@ class Supervisor:
     async def _watch(self) -> None:
         """Until a signal, or until the run cannot serve any more; then raises LauncherError."""
         asked = asyncio.create_task(self._stop_asked.wait())
-        kept = {asyncio.create_task(self._keep(child.spec)) for child in self._children.values()}
-        kept.add(asyncio.create_task(self._note_shared_memory_for_ever()))
+        notes = asyncio.create_task(self._note_for_ever())
+        for life in self._lives.values():
+            self._keep(life)
         try:
-            while not asked.done():
-                done, _ = await asyncio.wait({asked, *kept}, return_when=asyncio.FIRST_COMPLETED)
-                for task in done - {asked}:
-                    kept.discard(task)
-                    task.result()
+            async with control.listening(self._control, self._command):
+                ends: set[asyncio.Future[Any]] = {asked, notes, self._failed}
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for ended in (notes, self._failed):
+                if ended.done():
+                    ended.result()
         finally:
-            for task in (asked, *kept):
+            kept = [life.kept for life in self._lives.values() if life.kept is not None]
+            for task in (asked, notes, *kept):
                 task.cancel()
-            await asyncio.gather(asked, *kept, return_exceptions=True)
+            await asyncio.gather(asked, notes, *kept, return_exceptions=True)
 
-    async def _keep(self, spec: Process) -> None:
+    def _keep(self, life: _Life) -> None:
+        life.kept = asyncio.create_task(self._kept(life))
+        life.kept.add_done_callback(self._keeping_ended)
+
+    def _keeping_ended(self, task: "asyncio.Task[None]") -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self._failed.done():
+            self._failed.set_exception(error)
+
+    async def _kept(self, life: _Life) -> None:
         """Start a child again whenever it ends, as long as that makes sense. Returns when it is given up for good.
 
         The proxy finds out by itself: a node gets no requests while it is down, and its new identity is asked for
@@ -178,75 +358,213 @@ class Supervisor:
         deaths: list[float] = []
         failed_starts = 0
         while True:
-            await self._children[spec.name].ended()
-            error = readiness.died(self._children[spec.name])
+            await life.running.ended()
+            life.state = "ended"
+            error = self._explained(readiness.died(life.running))
             now = asyncio.get_running_loop().time()
             deaths = [*(death for death in deaths if now - death < _DEATHS_COUNT_FOR_S), now]
             too_often = len(deaths) > _MOST_DEATHS or failed_starts >= _MOST_DEATHS
-            if not self._may_restart(spec) or too_often:
-                self._go_on_without(spec, error, max(len(deaths), failed_starts + 1))
+            if not self._may_restart(life) or too_often:
+                self._go_on_without(life, error, max(len(deaths), failed_starts + 1))
                 return
             pause_s = min(_FIRST_PAUSE_S * 2 ** max(len(deaths) - 1, failed_starts), _LONGEST_PAUSE_S)
-            self._progress.say(f"{error}\n{error.hint}\nStarting {spec.name} again in {pause_s:g} s.")
-            self._note_shared_memory(self._children[spec.name])
-            await self._children[spec.name].stop_what_is_left(self._stop_timeout_s)  # it holds ports and memory
-            process.remove_unmapped(self._shared.get(spec.name, ()))
+            self._progress.say(f"{error}\n{error.hint}\nStarting {life.spec.name} again in {pause_s:g} s.")
+            await self._clear_away(life)
             await asyncio.sleep(pause_s)
-            failed_starts = 0 if await self._start_again(spec) else failed_starts + 1
+            failed_starts = 0 if await self._start_again(life) else failed_starts + 1
 
-    async def _note_shared_memory_for_ever(self) -> None:
+    async def _clear_away(self, life: _Life) -> None:
+        """What is left of a life holds ports and memory."""
+        if life.hold is not None:
+            life.hold.let_go()
+        if life.child is not None:
+            self._note_shared_memory(life)
+            await life.child.stop_what_is_left(self._config.stop_timeout_s)
+        process.remove_unmapped(life.shared_memory)
+        life.shared_memory.clear()
+        self._write_state()
+
+    async def _note_for_ever(self) -> None:
         while True:
-            for child in tuple(self._children.values()):
-                self._note_shared_memory(child)
+            for life in tuple(self._lives.values()):
+                self._note_shared_memory(life)
+                logs.turn_over(life.spec.log)
+            self._write_state()
             await asyncio.sleep(_NOTE_EVERY_S)
 
-    def _note_shared_memory(self, child: Child) -> None:
+    def _note_shared_memory(self, life: _Life) -> None:
         """A node that is killed leaves its shared memory behind, and then nobody can tell whose it was."""
-        found = process.shared_memory(process.of_session(child.pid))
-        self._shared.setdefault(child.spec.name, set()).update(found)
+        if life.child is not None:
+            life.shared_memory |= process.shared_memory(process.of_session(life.child.pid))
 
-    def _may_restart(self, spec: Process) -> bool:
+    def _may_restart(self, life: _Life) -> bool:
         """A service keeps what the nodes share: they would go on with nothing in it, and each must be told anew."""
-        return self._restart and spec not in self._plan.services
+        return self._config.restart and life.role != "service"
 
-    async def _start_again(self, spec: Process) -> bool:
+    async def _start_again(self, life: _Life) -> bool:
         """Whether it became ready. One that did not has ended."""
-        child = await self._spawn(spec)
+        name = life.spec.name
+        life.restarts += 1
         try:
-            if isinstance(spec, NodeProcess):
-                await readiness.node_ready(child, spec, self._ready_timeout_s)
+            if isinstance(life.spec, NodeProcess):
+                before = life.spec
+                await self._brought_up(before)
+                if life.spec is not before:
+                    self._write_topology()
             else:
-                await readiness.proxy_listens(child, self._plan, self._ready_timeout_s)
+                await self._spawn(life.spec)
+                await readiness.proxy_listens(life.running, self._plan, self._config.ready_timeout_s)
+                self._is_ready(life)
         except LauncherError as exc:
             self._progress.say(f"{exc}\n{exc.hint}")
-            await child.stop(0)
+            if life.child is not None:
+                await life.child.stop(0)
+            await self._clear_away(life)
             return False
-        self._progress.say(f"{spec.name} is ready again.")
+        self._progress.say(f"{name} is ready again.")
         return True
 
-    def _go_on_without(self, spec: Process, error: LauncherError, deaths: int) -> None:
+    def _go_on_without(self, life: _Life, error: LauncherError, deaths: int) -> None:
         """While a node of each role and the proxy are left. Raises LauncherError else."""
-        self._lost.add(spec.name)
+        life.state = "given up"
+        self._write_state()
         how_often = f"\nIt has ended {deaths} times." if deaths > 1 else ""
-        roles = {node.role for node in self._plan.nodes if node.name not in self._lost}
-        if not isinstance(spec, NodeProcess) or roles != set(Role):
+        roles = {other.role for other in self._lives.values() if other.state != "given up"}
+        if not isinstance(life.spec, NodeProcess) or not roles >= {role.value for role in Role}:
             raise LauncherError(f"{error}{how_often}", error.hint)
         self._progress.say(f"{error}{how_often}\n{error.hint}\nGoing on without it.")
+
+    def _explained(self, error: LauncherError) -> LauncherError:
+        """The error, with what the logs of all nodes say of it, when they do."""
+        offsets = {life.spec.name: life.log_begins for life in self._lives.values()}
+        files = [life.spec.log for life in self._lives.values() if life.spec.log.exists()]
+        diagnosis = doctor.examine(files, offsets)
+        if diagnosis.first is not None:
+            error.hint = f"{doctor.in_words(diagnosis)}\n{error.hint}"
+        return error
+
+    # -- change
+
+    async def _command(self, command: dict[str, Any], say: Say) -> None:
+        """What comes over the control socket. Raises LauncherError."""
+        if command["do"] == "restart":
+            await self._restart(str(command["node"]), say)
+        elif command["do"] == "scale":
+            await self._scale({role: command.get(role.value) for role in Role}, say)
+        else:
+            raise ConfigError(f"unknown command {command['do']!r}")
+
+    async def _restart(self, name: str, say: Say) -> None:
+        life = self._lives.get(name)
+        if life is None or life.role == "service":
+            names = ", ".join(name for name, life in self._lives.items() if life.role != "service")
+            raise ConfigError(f"no node {name!r} to start again", f"There are: {names}")
+        await self._retire(life, say)
+        if not await self._start_again(life):
+            life.state = "given up"
+            self._write_state()
+            raise LauncherError(f"{name} did not start again", f"Its log is {life.spec.log}")
+        self._draining.discard(name)
+        self._write_topology()
+        self._keep(life)
+        say(f"{name} is ready again.")
+
+    async def _scale(self, wanted: dict[Role, int | None], say: Say) -> None:
+        for role, number in wanted.items():
+            if number is None:
+                continue
+            if number < 1:
+                raise ConfigError(f"a run needs at least one {role} node")
+            nodes = [node for node in self._plan.nodes if node.role is role]
+            for node in nodes[number:]:
+                await self._remove(self._lives[node.name], say)
+            for _ in range(number - len(nodes)):
+                await self._add(role, say)
+            if len(nodes) == number:
+                say(f"{number} {role} nodes: nothing to do.")
+
+    async def _add(self, role: Role, say: Say) -> None:
+        node = another_node(self._plan, self._config, survey(self._config), role)
+        self._locks.take(node.ports)
+        say(f"Starting {node.name} on {node.url}.")
+        self._plan = self._plan.with_node(node)
+        try:
+            life = await self._brought_up(node)
+        except LauncherError as exc:
+            life = self._lives.pop(node.name)
+            if life.child is not None:
+                await life.child.stop(0)
+            self._plan = self._plan.without(node.name)
+            self._locks.give_back(life.spec.ports)
+            raise self._explained(exc) from exc
+        self._write_topology()
+        self._keep(life)
+        say(f"{node.name} is ready.")
+
+    async def _remove(self, life: _Life, say: Say) -> None:
+        await self._retire(life, say)
+        name = life.spec.name
+        del self._lives[name]
+        self._draining.discard(name)
+        self._plan = self._plan.without(name)
+        self._locks.give_back(life.spec.ports)
+        self._write_topology()
+        self._write_state()
+        say(f"{name} has gone.")
+
+    async def _retire(self, life: _Life, say: Say) -> None:
+        """Stop a child that is no longer to be kept, once nobody waits for it."""
+        if life.kept is not None:
+            life.kept.cancel()
+            await asyncio.gather(life.kept, return_exceptions=True)
+        if isinstance(life.spec, NodeProcess) and life.state == "ready":
+            say(f"Draining {life.spec.name}: it gets no new requests.")
+            self._draining.add(life.spec.name)
+            self._write_topology()
+            self._write_state()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_DRAIN_S):
+                    await self._until_idle(life.spec)
+        say(f"Stopping {life.spec.name}.")
+        self._note_shared_memory(life)
+        await life.running.stop(self._config.stop_timeout_s)
+        await self._clear_away(life)
+        life.state = "ended"
+
+    async def _until_idle(self, node: NodeProcess) -> None:
+        """Nothing of the proxy's on it, nothing running, and no KV that a decode node will come for."""
+        async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
+            while True:
+                with suppress(httpx.HTTPError, KeyError, ValueError):
+                    health = (await client.get(f"{self._plan.proxy_url}/health")).json()
+                    mine = next(entry for entry in health["nodes"] if entry["name"] == node.name)
+                    gauges = vllm.gauges((await client.get(f"{node.url}/metrics")).text)
+                    busy = mine["usable"] or mine["in_flight"] or gauges.running or gauges.waiting or gauges.kv_usage
+                    if not busy:
+                        return
+                await asyncio.sleep(0.2)
 
     # -- stop
 
     async def _stop_all(self) -> None:
         """Proxy, decode, prefill: nobody is asked for work by something that has already gone."""
         self._progress.say("Stopping: proxy, decode nodes, prefill nodes. Ctrl-C again kills them at once.")
-        sessions = {child.pid for child in self._children.values()}
-        files = process.shared_memory(process.members(self._run_id, sessions)).union(*self._shared.values())
+        self._enter("stopping")
+        sessions = {life.child.pid for life in self._lives.values() if life.child is not None}
+        files = process.shared_memory(process.members(self._run_id, sessions))
+        files = files.union(*(life.shared_memory for life in self._lives.values()))
         for group in self._stop_order():
-            await asyncio.gather(*(child.stop(self._stop_timeout_s) for child in group))
+            await asyncio.gather(*(child.stop(self._config.stop_timeout_s) for child in group))
         left = process.kill(process.members(self._run_id, sessions))
         if left:
             self._progress.say(f"Killed what was left of the run: {', '.join(left)}")
         process.remove_unmapped(files)
         shutil.rmtree(self._plan.temporary, ignore_errors=True)
+        for life in self._lives.values():
+            life.state = "ended"
+            if life.hold is not None:
+                life.hold.let_go()
+        self._enter("stopped")
         self._progress.say(f"All stopped. Logs: {self._plan.run_dir}")
 
     def _stop_order(self) -> Iterator[list[Child]]:
@@ -256,7 +574,8 @@ class Supervisor:
         yield self._named(self._plan.services)
 
     def _named(self, specs: Sequence[Process]) -> list[Child]:
-        return [self._children[spec.name] for spec in specs if spec.name in self._children]
+        lives = [self._lives[spec.name] for spec in specs if spec.name in self._lives]
+        return [life.child for life in lives if life.child is not None]
 
     # -- signals
 
@@ -273,8 +592,9 @@ class Supervisor:
 
     def _on_signal(self) -> None:
         if self._stopping:
-            for child in self._children.values():
-                child.kill()
+            for life in self._lives.values():
+                if life.child is not None:
+                    life.child.kill()
         self._stop_asked.set()
 
     async def _or_interrupted(self, start: Coroutine[Any, Any, None]) -> None:
@@ -289,13 +609,3 @@ class Supervisor:
             starting.cancel()
             with suppress(asyncio.CancelledError, LauncherError):
                 await starting
-
-
-async def _all_of(waits: Sequence["asyncio.Task[None]"]) -> None:
-    await asyncio.gather(*waits)
-
-
-def clear_run_dir(folder: Path) -> None:
-    """Logs of an earlier run in the same folder would be taken for this one's."""
-    for log in folder.glob("*.log"):
-        log.unlink()

@@ -80,8 +80,10 @@ def up(tmp_path: Path, *flags: str, nodes: int = 2) -> Iterator[Up]:
         process.stdout.close()
 
 
-def run_to_end(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([*PD_LAUNCH, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+def run_to_end(command: Sequence[str], patience_s: float = 120) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [*PD_LAUNCH, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=patience_s
+    )
 
 
 def _read(run: Up) -> None:

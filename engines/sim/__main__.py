@@ -64,6 +64,7 @@ class _Server:
             load_failure_policy=config.get("kv_load_failure_policy", "fail"),
             transfer_timeout_s=timeout_s,
             address=(options.host, options.port),
+            bootstrap_port=bootstrap_port,
             ranks=options.data_parallel_size,
             is_nixl=config.get("kv_connector") == "NixlConnector",
         )

@@ -43,6 +43,8 @@ class Settings:
     load_failure_policy: str
     transfer_timeout_s: float
     address: tuple[str, int]
+    bootstrap_port: int
+    """Where decode nodes come for KV, too."""
     ranks: int = 1
     is_nixl: bool = False
 
@@ -133,7 +135,7 @@ class SimNode:
         return JSONResponse({"prompt_token_ids": prompt})
 
     def query(self) -> JSONObject:
-        worker = {"0": {"0": "tcp://127.0.0.1:0"}}
+        worker = {"0": {"0": f"tcp://127.0.0.1:{self.settings.bootstrap_port}"}}
         return {str(n): {"engine_id": self.engine_of(n), "worker_addr": worker} for n in range(self.settings.ranks)}
 
     def engine_of(self, rank: int) -> str:

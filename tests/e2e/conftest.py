@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launched import Up, up
+from tests.launched import Up, run_to_end, up
 from tests.processes import ROOT
 
 START_PATIENCE_S = 900
@@ -19,6 +19,8 @@ def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """`pd-launch up` with the example's configuration. Its end is part of the test: nothing may be left."""
     with _up(tmp_path_factory.mktemp("real"), nodes=2) as run:
         yield run
+    said = run_to_end(["doctor", str(run.run_dir)]).stdout
+    assert said.startswith("Nothing known to be wrong"), said
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,7 @@ def real_trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
 def _up(folder: Path, *flags: str, nodes: int) -> Iterator[Up]:
     # A transfer timeout longer than any test's patience: what is free again was released, and did not expire.
     always = ["--config", str(ROOT / "examples" / "cpu-1p1d.yaml"), "--transfer-timeout-s", "600"]
+    always += ["--proxy-args=--decode-start-timeout-s", "--proxy-args=50"]
     shared_before = set(os.listdir("/dev/shm"))  # noqa: PTH208
     with up(folder, *always, *flags, nodes=nodes) as run:
         run.until("Ready:", START_PATIENCE_S)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from engines.base import Role
 from launcher.config import load
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, PortBusyError
 from launcher.facts import HostFacts
-from launcher.plan import Plan, make_plan
+from launcher.plan import Plan, another_node, make_plan, moved_node
 
 FACTS = HostFacts(
     ephemeral_ports=(32768, 60999),
@@ -47,6 +47,48 @@ def test_no_two_children_share_a_port(prefill: int, decode: int, engine: str) ->
 
 def test_the_same_configuration_is_the_same_plan() -> None:
     assert plan(prefill=2) == plan(prefill=2)
+
+
+def test_taken_ports_are_passed_over_and_said() -> None:
+    taken = {8100: "pid 1", 8900: "pid 2", 20003: "pid 3"} | dict.fromkeys(range(20016, 20032), "pid 4")
+    made = plan(replace(FACTS, taken=taken))
+    assert [node.url for node in made.nodes] == ["http://127.0.0.1:8101", "http://127.0.0.1:8102"]
+    assert made.nodes[0].bootstrap == "http://127.0.0.1:8901"
+    slices = [str(port) for node in made.nodes for port in node.ports if port.purpose == "transfer"]
+    assert slices == ["20000-20015", "20032-20047"], "a transfer engine can do with some ports of its slice"
+    assert any("port 8100 passed over, 8100 is taken by pid 1" in line for line in made.passed_over)
+    assert len(made.passed_over) == 3
+
+
+def test_a_range_without_a_free_port_names_who_has_them() -> None:
+    taken = dict.fromkeys(range(8100, 8104), "pid 4711")
+    with pytest.raises(PortBusyError, match="8103 is taken by pid 4711") as error:
+        plan(replace(FACTS, taken=taken), http_ports="8100-8104")
+    assert "--http-ports" in error.value.hint
+
+
+def test_a_further_node_gets_a_free_name_free_ports_and_free_devices() -> None:
+    config = load({"model": "m", "device": "cuda", "devices": "0,1,2", "decode": 2}, None)
+    made = make_plan(config, FACTS)
+    smaller = made.without("decode-0")
+    taken = {port: "us" for node in made.nodes for port in (node.seat.http_port, *range(*node.seat.transfer_ports))}
+    new = another_node(smaller, config, replace(FACTS, taken=taken), Role.DECODE)
+    assert (new.name, new.devices, new.url) == ("decode-0", ("1",), "http://127.0.0.1:8103")
+    with pytest.raises(ConfigError, match="no device is left"):
+        another_node(made, config, FACTS, Role.PREFILL)
+
+
+def test_a_node_that_moves_keeps_its_name_and_devices() -> None:
+    config = load({"model": "m", "device": "cuda", "devices": "0,1"}, None)
+    made = make_plan(config, FACTS)
+    moved = moved_node(made, config, replace(FACTS, taken={8100: "a thief", 8101: "us"}), made.nodes[0])
+    assert (moved.name, moved.devices, moved.url) == ("prefill-0", ("0",), "http://127.0.0.1:8102")
+    assert made.with_node(moved).nodes == (moved, made.nodes[1])
+
+
+def test_the_proxy_gives_a_hand_off_up_before_the_engines_do() -> None:
+    command = plan(transfer_timeout_s=30).proxy.command
+    assert command[command.index("--decode-start-timeout-s") + 1] == "25"
 
 
 def test_a_prefill_node_is_told_its_ports_and_a_decode_node_has_no_bootstrap() -> None:
@@ -179,7 +221,7 @@ def test_with_a_store_its_master_is_started_first_and_every_node_is_told_of_it()
         assert node.environment["PYTHONHASHSEED"] == "0"
         assert node.bootstrap is None
     slices = [str(port) for node in made.nodes for port in node.ports if port.purpose == "store client"]
-    assert slices == ["19000-19031", "19032-19063"]
+    assert slices == ["28000-28031", "28032-28063"]
     assert made.topology().connector == "MooncakeStoreConnector"
 
 

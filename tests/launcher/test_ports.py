@@ -1,13 +1,17 @@
 """Busy ports, on real sockets."""
 
+import json
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
-from launcher.plan import Port
-from launcher.ports import busy_ports
-from tests.processes import free_port
+from launcher.errors import PortBusyError
+from launcher.ports import Hold, Locks, busy_ports, taken
+from launcher.seats import Port
+from tests.processes import ROOT, free_port, free_range
 
 
 def api(port: int, bind: str = "127.0.0.1") -> Port:
@@ -67,3 +71,75 @@ def test_of_a_slice_only_the_taken_ports_are_named() -> None:
     port = free_port()
     with socket.create_server(("0.0.0.0", port)):
         assert [busy.port for busy in busy_ports(transfer(port, port + 2))] == [port]
+
+
+def test_what_one_launcher_keeps_another_cannot_take() -> None:
+    port = free_port()
+    first, second = Locks(), Locks()
+    first.take([api(port), transfer(port + 10, port + 25)])
+    for wanted in (api(port), transfer(port + 25, port + 40), api(port + 12)):
+        with pytest.raises(PortBusyError, match="another pd-launch"):
+            second.take([api(port + 100), wanted])
+    assert taken([api(port), transfer(port + 24, port + 27)]) == dict.fromkeys(
+        (port, port + 24, port + 25), "another pd-launch"
+    )
+    first.give_back([api(port)])
+    second.take([api(port), api(port + 100)])  # all or none: the refused attempts kept nothing
+    first.give_back([transfer(port + 10, port + 25)])
+    second.give_back([api(port), api(port + 100)])
+
+
+def test_a_held_port_can_be_bound_by_its_child_and_by_nobody_who_does_not_share() -> None:
+    port = free_port()
+    hold = Hold([api(port), transfer(port + 1, port + 16)])
+    with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+        stranger.bind(("127.0.0.1", port))
+    with socket.create_server(("127.0.0.1", port)):  # shares the address, as every server does
+        with pytest.raises(PortBusyError, match=f"api port {port} on 127.0.0.1 is taken by pid {os.getpid()}"):
+            Hold([api(port)])
+        hold.let_go()
+    assert busy_ports(api(port)) == []
+
+
+RACER = """
+import json, sys
+from launcher.config import load
+from launcher.reserve import ports_of, reserve
+config = load(json.loads(sys.argv[1]), None)
+sys.stdin.readline()
+plan, locks = reserve(config)
+print(json.dumps([n for port in ports_of(plan)[:-1] for n in range(port.first, port.last + 1)]), flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_launchers_racing_for_one_range_never_get_the_same_port() -> None:
+    """Twenty of them, five at once, as vLLM nodes: API, bootstrap and transfer slices."""
+    http, bootstrap, slices = free_range(20), free_range(10), free_range(16 * 20)
+    base = {"model": "m", "http_ports": http, "bootstrap_ports": bootstrap, "transfer_ports": slices}
+    for _ in range(4):
+        racers = [
+            subprocess.Popen(
+                [sys.executable, "-c", RACER, json.dumps(base | {"proxy_port": free_port()})],
+                cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )
+            for _ in range(5)
+        ]  # fmt: skip
+        for racer in racers:
+            _tell(racer)
+        chosen = [json.loads(_line(racer)) for racer in racers]
+        for racer in racers:
+            racer.communicate("\n", timeout=60)
+        every = [number for ports in chosen for number in ports]
+        assert len(every) == len(set(every)) == 5 * (2 + 1 + 2 * 16)
+
+
+def _tell(racer: "subprocess.Popen[str]") -> None:
+    assert racer.stdin is not None
+    racer.stdin.write("\n")
+    racer.stdin.flush()
+
+
+def _line(racer: "subprocess.Popen[str]") -> str:
+    assert racer.stdout is not None
+    return racer.stdout.readline()

@@ -1,0 +1,77 @@
+"""A run's control socket: `pd-launch restart` and `scale` ask the launcher that owns the run.
+
+One JSON object a line. The asker sends one command; the launcher answers with lines to show, and at last with
+{"done": true} or {"error": …, "hint": …, "exit_code": …}.
+"""
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .errors import LauncherError
+
+Say = Callable[[str], None]
+Handler = Callable[[dict[str, Any], Say], Awaitable[None]]
+
+
+@asynccontextmanager
+async def listening(path: Path, handle: Handler) -> AsyncIterator[None]:
+    """Answer commands, one after the other, for as long as this lasts."""
+    busy = asyncio.Lock()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        def tell(message: dict[str, Any]) -> None:
+            with suppress(OSError, RuntimeError):  # whoever asked has left: it is done nevertheless
+                writer.write(json.dumps(message).encode() + b"\n")
+
+        try:
+            command = json.loads(await reader.readline())
+            if busy.locked():
+                tell({"say": "Waiting for another command to be done."})
+            async with busy:
+                await handle(command, lambda text: tell({"say": text}))
+            tell({"done": True})
+        except LauncherError as exc:
+            tell({"error": str(exc), "hint": exc.hint, "exit_code": exc.exit_code})
+        except (ValueError, KeyError, TypeError) as exc:
+            tell({"error": f"not a command: {exc!r}", "hint": "", "exit_code": 2})
+        finally:
+            writer.close()
+
+    server = await asyncio.start_unix_server(serve, path)
+    try:
+        yield
+    finally:
+        server.close()
+
+
+def ask(path: Path, command: dict[str, Any], say: Say) -> None:
+    """Have a command done. Raises LauncherError with the launcher's own words and exit code."""
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            client.sendall(json.dumps(command).encode() + b"\n")
+            with client.makefile() as answers:
+                for line in answers:
+                    answer = json.loads(line)
+                    if "say" in answer:
+                        say(answer["say"])
+                    elif "error" in answer:
+                        raise _RefusedError(answer)
+                    else:
+                        return
+    except OSError as exc:
+        raise LauncherError(f"the launcher of this run does not answer: {exc.strerror}") from exc
+    raise LauncherError("the launcher ended before it was done")
+
+
+class _RefusedError(LauncherError):
+    """What the launcher said instead of doing it."""
+
+    def __init__(self, answer: dict[str, Any]) -> None:
+        super().__init__(answer["error"], answer["hint"])
+        self.exit_code = answer["exit_code"]

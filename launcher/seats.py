@@ -1,0 +1,197 @@
+"""Which ports and devices each node gets: from the ranges, in order, passing over what is taken."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from engines.base import Role
+from engines.connectors import CONNECTORS
+from engines.mooncake import PORTS_PER_TRANSFER_ENGINE
+
+from .config import LaunchConfig, PortRange, flag_of
+from .errors import ConfigError, PortBusyError
+from .facts import HostFacts
+
+_MOONCAKE_REFUSES = ((0, 1023), (32768, 60999))
+"""A transfer range with an end in here is ignored by Mooncake, silently (config.cpp, ValidatePortRange)."""
+
+_STORE_CLIENT_PORTS = 32
+"""A node's: it draws at random, 20 times for each device."""
+_SPARE_PORTS = 2
+"""What draws ports at random needs a few more than it takes, or it may draw in vain."""
+ANY = "0.0.0.0"  # noqa: S104  bound by engines whatever they are told
+Purpose = Literal["api", "bootstrap", "transfer", "store", "store client", "proxy"]
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Port(Frozen):
+    """A port, or a slice of them, that a child will listen on."""
+
+    purpose: Purpose
+    first: int
+    last: int
+    bind: str
+    """The address the child will bind, which is the one to check."""
+
+    def __str__(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+
+class Seat(Frozen):
+    """A node's share of everything that is handed out in order."""
+
+    name: str
+    role: Role
+    http_port: int
+    bootstrap_port: int | None
+    transfer_ports: tuple[int, int]
+    store_client_ports: tuple[int, int] | None
+    """With a store."""
+    devices: tuple[str, ...]
+
+
+class Room:
+    """Gives out the ports of each range in order, passing over those that are taken."""
+
+    def __init__(self, config: LaunchConfig, facts: HostFacts) -> None:
+        self._config = config
+        self._taken = facts.taken
+        self._next: dict[str, int] = {}
+        self.passed_over: list[str] = []
+
+    def take(self, name: str, size: int = 1, needed: int | None = None) -> int:
+        """The first of `size` ports in a row, of which `needed` are free (all, when not given)."""
+        ports: PortRange = getattr(self._config, name)
+        passed: list[str] = []
+        first = self._next.get(name, ports.first)
+        while first + size - 1 <= ports.last:
+            self._next[name] = first + size
+            busy = [number for number in range(first, first + size) if number in self._taken]
+            if size - len(busy) >= (size if needed is None else needed):
+                self.passed_over += passed
+                return first
+            which = f"port {first}" if size == 1 else f"ports {first}-{first + size - 1}"
+            passed.append(f"{flag_of(name)}: {which} passed over, {busy[0]} is taken by {self._taken[busy[0]]}")
+            first += size
+        raise PortBusyError(
+            "\n".join((*passed, *self.passed_over, f"no free port is left in {flag_of(name)} {ports}")),
+            f"End what holds them, or choose another range with {flag_of(name)}",
+        )
+
+
+def seats_of(config: LaunchConfig, room: Room) -> Iterator[Seat]:
+    """Prefill nodes first, each range from its first port: on a quiet host a configuration is always the same plan."""
+    roles = [(Role.PREFILL, n) for n in range(config.prefill)] + [(Role.DECODE, n) for n in range(config.decode)]
+    devices = devices_a_node(config, len(roles))
+    slice_size = config.transfer_ports_per_node * max(1, devices)
+    _fits(config, "http_ports", config.http_ports, len(roles))
+    _fits(config, "bootstrap_ports", config.bootstrap_ports, config.prefill)
+    _fits(config, "transfer_ports", config.transfer_ports, len(roles) * slice_size)
+    if has_store(config):
+        _fits(config, "store_ports", config.store_ports, 2)
+        _fits(config, "store_client_ports", config.store_client_ports, len(roles) * _STORE_CLIENT_PORTS)
+    for place, (role, number) in enumerate(roles):
+        own = config.devices[place * devices : (place + 1) * devices]
+        yield seat_for(config, room, f"{role}-{number}", role, own)
+
+
+def seat_for(config: LaunchConfig, room: Room, name: str, role: Role, devices: tuple[str, ...]) -> Seat:
+    workers = max(1, len(devices))
+    slice_size = config.transfer_ports_per_node * workers
+    drawn = PORTS_PER_TRANSFER_ENGINE * workers + _SPARE_PORTS if config.engine == "vllm" else 0
+    transfer = room.take("transfer_ports", slice_size, drawn)
+    client = room.take("store_client_ports", _STORE_CLIENT_PORTS, workers + _SPARE_PORTS) if has_store(config) else None
+    has_bootstrap = role is Role.PREFILL and CONNECTORS[config.connector].has_bootstrap
+    return Seat(
+        name=name,
+        role=role,
+        http_port=room.take("http_ports"),
+        bootstrap_port=room.take("bootstrap_ports") if has_bootstrap else None,
+        transfer_ports=(transfer, transfer + slice_size - 1),
+        store_client_ports=(client, client + _STORE_CLIENT_PORTS - 1) if client is not None else None,
+        devices=devices,
+    )
+
+
+def ranges_of(config: LaunchConfig) -> tuple[Port, ...]:
+    """All ports that a plan may choose from, with the addresses that would be bound."""
+    found = [_port("api", config.http_ports, config.host), _port("bootstrap", config.bootstrap_ports, ANY)]
+    if config.engine == "vllm":
+        found.append(_port("transfer", config.transfer_ports, ANY))
+    if has_store(config):
+        found += [
+            _port("store", config.store_ports, ANY),
+            _port("store client", config.store_client_ports, ANY),
+        ]
+    return tuple(found)
+
+
+def _port(purpose: Purpose, ports: PortRange, bind: str) -> Port:
+    return Port(purpose=purpose, first=ports.first, last=ports.last, bind=bind)
+
+
+def has_store(config: LaunchConfig) -> bool:
+    """The simulator needs none: it computes what a store does not give it."""
+    return config.connector == "MooncakeStoreConnector" and config.engine == "vllm"
+
+
+def check_ranges(config: LaunchConfig, facts: HostFacts) -> None:
+    proxy = PortRange(first=config.proxy_port, last=config.proxy_port)
+    purposes = ("http_ports", "bootstrap_ports", "transfer_ports", "store_ports", "store_client_ports")
+    ranges = {name: getattr(config, name) for name in purposes}
+    ranges["proxy_port"] = proxy
+    names = list(ranges)
+    for position, one in enumerate(names):
+        for other in names[position + 1 :]:
+            if ranges[one].overlaps(ranges[other]):
+                raise ConfigError(
+                    f"{flag_of(one)} {ranges[one]} and {flag_of(other)} {ranges[other]} overlap",
+                    "Give every purpose a range of its own",
+                )
+    ephemeral = PortRange(first=facts.ephemeral_ports[0], last=facts.ephemeral_ports[1])
+    for name, ports in ranges.items():
+        if ports.overlaps(ephemeral):
+            raise ConfigError(
+                f"{flag_of(name)} {ports} overlaps {ephemeral}, from which the kernel takes ports for outgoing "
+                "connections",
+                "Any program may take one at any moment; choose ports outside it",
+            )
+    if config.engine == "vllm":
+        _check_transfer_range(config.transfer_ports)
+
+
+def _check_transfer_range(ports: PortRange) -> None:
+    for first, last in _MOONCAKE_REFUSES:
+        if ports.overlaps(PortRange(first=max(1, first), last=last)):
+            raise ConfigError(
+                f"--transfer-ports {ports} reaches into {first}-{last}, which Mooncake does not take",
+                "It would use 15000-17000 instead, without a word; choose from 1024-32767 or 61000-65535",
+            )
+
+
+def _fits(config: LaunchConfig, name: str, ports: PortRange, needed: int) -> None:
+    if len(ports) < needed:
+        raise ConfigError(
+            f"{flag_of(name)} {ports} has {len(ports)} ports, {config.prefill} prefill and {config.decode} decode "
+            f"nodes need {needed}",
+            f"For example {flag_of(name)} {ports.first}-{ports.first + needed - 1}",
+        )
+
+
+def devices_a_node(config: LaunchConfig, nodes: int) -> int:
+    """How many devices each node gets; more than one is tensor parallelism."""
+    if not config.devices:
+        return 0
+    if config.device != "cuda":
+        raise ConfigError("--devices are GPUs, and --device is cpu", "Add --device cuda, or leave --devices away")
+    if len(config.devices) % nodes:
+        raise ConfigError(
+            f"--devices {','.join(config.devices)}: {len(config.devices)} devices cannot be shared out evenly to "
+            f"{nodes} nodes",
+            "Name one (or two, four ...) for each node; name one twice to put two nodes on it",
+        )
+    return len(config.devices) // nodes

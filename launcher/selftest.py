@@ -1,0 +1,245 @@
+"""`pd-launch test`: from the bottom up, each stage on what the one below has proven. The first failure ends it.
+
+1. transfer   two transfer engines alone, on the planned ports, move bytes whose hash is compared
+2. nodes      every node starts and answers by itself
+3. addresses  what nodes tell each other is dialled: bootstrap servers, workers' side channels; ports are the planned
+4. hand-off   one request through both legs says what one node alone says, and the decode node counts its tokens
+"""
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+import engines.plugins
+from engines import symptoms
+from engines.base import Role
+
+from . import logs, proof
+from .config import LaunchConfig
+from .errors import KVNotMovedError, LauncherError
+from .plan import NodeProcess, Plan
+from .ports import Locks
+from .progress import Progress, tail
+from .runs import RunFolder
+from .supervisor import Supervisor
+
+_BYTES = 64 * 2**20
+_PROBE_S = 60
+_DIAL_S = 5
+_TOKENS = 16
+_PROBE = "pd_transfer_probe.py"
+
+
+class SelfTestError(LauncherError):
+    """Which stage failed, and what the ones before it have proven."""
+
+    exit_code = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    number: int
+    name: str
+    failure_means: str
+
+    def failed(self, error: LauncherError) -> SelfTestError:
+        return SelfTestError(
+            f"stage {self.number}, {self.name}: {error}", f"{error.hint}\n{self.failure_means}".strip()
+        )
+
+
+_TRANSFER = _Stage(
+    1, "transfer engine", "No serving engine took part: look at addresses, firewall and Mooncake itself."
+)
+_NODES = _Stage(2, "nodes", "The transfer engines work by themselves: look at this node's own log.")
+_ADDRESSES = _Stage(
+    3, "addresses", "Every node works by itself: what it tells the others is wrong, or cannot be reached."
+)
+_HAND_OFF = _Stage(
+    4, "hand-off", "Nodes and addresses are well: look at the KV connector's configuration on both sides."
+)
+
+
+async def run(config: LaunchConfig, plan: Plan, locks: Locks, folder: RunFolder, progress: Progress) -> None:
+    """All stages; everything is down again afterwards. Raises SelfTestError at the first that fails."""
+    if config.engine == "vllm":
+        async with _stage(_TRANSFER), progress.shown():
+            with progress.step("1 transfer engine: two of them, on the planned ports"):
+                megabytes, seconds = _BYTES / 1e6, await _transfer(config, plan)
+        progress.say(f"  {megabytes:.0f} MB arrived as they were sent, {megabytes / seconds:.0f} MB/s")
+    await Supervisor(config, plan, locks, folder, progress).run_through(
+        lambda supervisor: _upper_stages(supervisor, progress)
+    )
+    progress.say("All stages passed.")
+
+
+async def _upper_stages(supervisor: Supervisor, progress: Progress) -> None:
+    async with _stage(_NODES):
+        await supervisor.start_nodes()
+        plan = supervisor.plan
+        alone = {node.name: await _alone(plan, node) for node in plan.nodes}
+        if len({answer for node, answer in alone.items() if node.startswith(Role.DECODE)}) != 1:
+            raise LauncherError(f"decode nodes answer one question differently: {alone}", "Do they serve one model?")
+    progress.say(f"✓ 2 nodes: each of {', '.join(alone)} answers by itself")
+    async with _stage(_ADDRESSES):
+        dialled = await _addresses(plan)
+    progress.say(f"✓ 3 addresses: reached {', '.join(dialled) or 'nothing to reach'}; ports are the planned ones")
+    async with _stage(_HAND_OFF):
+        await supervisor.start_proxy()
+        result = await proof.prove(plan, lambda _: None)
+        answer, path = await _ask(plan.proxy_url, plan.served_model_name)
+        expected = next(answer for node, answer in alone.items() if node.startswith(Role.DECODE))
+        if answer != expected:
+            raise KVNotMovedError(f"through both legs the answer is {answer!r}, from one node {expected!r} ({path})")
+    progress.say(
+        f"✓ 4 hand-off: {result.transferred} of {result.prompt_tokens} prompt tokens moved, and the answer is the one "
+        "node's own"
+    )
+
+
+@asynccontextmanager
+async def _stage(stage: _Stage) -> AsyncIterator[None]:
+    try:
+        yield
+    except LauncherError as exc:
+        raise stage.failed(exc) from exc
+    except httpx.HTTPError as exc:
+        raise stage.failed(LauncherError(f"{exc!r}")) from exc
+
+
+# -- 1: the transfer engines alone
+
+
+async def _transfer(config: LaunchConfig, plan: Plan) -> float:
+    """Seconds for `_BYTES`, from the prefill node's place to the decode node's, which is the way KV goes."""
+    prefill = next(node for node in plan.nodes if node.role is Role.PREFILL)
+    decode = next(node for node in plan.nodes if node.role is Role.DECODE)
+    protocol = "rdma" if "rdma" in " ".join(prefill.command) else "tcp"
+    log = plan.run_dir / "transfer.log"
+    async with asyncio.timeout(_PROBE_S), _probe(decode, log, "receive", config.host, protocol) as receiver:
+        there = await _told(receiver, log)
+        await _in_its_slice(decode, there["port"])
+        async with _probe(prefill, log, "send", config.host, protocol, there["session"], there["address"]) as sender:
+            sent = await _told(sender, log)
+        await _in_its_slice(prefill, sent["port"])
+        assert receiver.stdin is not None  # noqa: S101  it was asked for
+        receiver.stdin.write(b"\n")
+        got = await _told(receiver, log)
+    if got["sha256"] != sent["sha256"]:
+        raise LauncherError("the bytes that arrived are not those that were sent", f"Its log is {log}")
+    return float(sent["seconds"])
+
+
+@asynccontextmanager
+async def _probe(node: NodeProcess, log: Path, what: str, *arguments: Any) -> AsyncIterator[asyncio.subprocess.Process]:
+    program = Path(engines.plugins.__path__[0]) / _PROBE
+    host, protocol, *peer = map(str, arguments)
+    with log.open("ab") as errors:
+        process = await asyncio.create_subprocess_exec(
+            node.command[0], str(program), what, host, protocol, str(_BYTES), *peer,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=errors,
+            env={**os.environ, **node.environment, "TMPDIR": str(log.parent)},
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def _told(probe: asyncio.subprocess.Process, log: Path) -> dict[str, Any]:
+    """The next thing a probe says. Raises LauncherError with its last words when it ends instead."""
+    assert probe.stdout is not None  # noqa: S101  it was asked for
+    async for line in probe.stdout:
+        if line.startswith(b"PROBE "):
+            told: dict[str, Any] = json.loads(line.removeprefix(b"PROBE "))
+            return told
+    words = "\n".join(f"    {line}" for line in tail(log, 5))
+    raise LauncherError(f"a transfer engine failed:\n{words}", f"Its log is {log}")
+
+
+async def _in_its_slice(node: NodeProcess, port: int) -> None:
+    first, last = node.seat.transfer_ports
+    if not first <= port <= last:
+        raise LauncherError(
+            f"{node.name}: the transfer engine listens on {port}, outside its slice {first}-{last}",
+            "This version does not understand the variables that name the slice (Mooncake < 0.3.11 knows others)",
+        )
+
+
+# -- 2 and 4: answers
+
+
+async def _alone(plan: Plan, node: NodeProcess) -> str:
+    answer, _ = await _ask(node.url, plan.served_model_name)
+    return answer
+
+
+async def _ask(url: str, model: str) -> tuple[str, str]:
+    """A greedy answer, and the way it was made. Raises LauncherError."""
+    body = {"model": model, "prompt": proof.QUESTION.format(0), "max_tokens": _TOKENS, "temperature": 0}
+    async with httpx.AsyncClient(trust_env=False, timeout=300) as client:
+        answer = await client.post(f"{url}/v1/completions", json=body, headers=proof.key())
+    if not answer.is_success:
+        raise LauncherError(f"{url} answered {answer.status_code}: {answer.text[:300]}")
+    return answer.json()["choices"][0]["text"], answer.headers.get("x-pd-path", "one node")
+
+
+# -- 3: addresses
+
+
+async def _addresses(plan: Plan) -> list[str]:
+    """Dial everything that nodes tell each other; see that the transfer engines listen where they were planned to."""
+    dialled = []
+    async with httpx.AsyncClient(trust_env=False, timeout=_DIAL_S) as client:
+        for node in plan.nodes:
+            if node.bootstrap:
+                known = (await client.get(f"{node.bootstrap}/query")).raise_for_status().json()
+                dialled.append(node.bootstrap)
+                for address in _worker_addresses(known):
+                    await _dial(node.name, address)
+                    dialled.append(address)
+    for node in plan.nodes:
+        for port in _transfer_ports_in(node.log):
+            await _in_its_slice(node, port)
+    return dialled
+
+
+def _worker_addresses(known: Mapping[str, Any]) -> list[str]:
+    """The side channels in a bootstrap server's answer: {rank: {"worker_addr": {tp: {pp: "tcp://host:port"}}}}."""
+    ranks = (rank["worker_addr"] for rank in known.values())
+    return [address for rank in ranks for workers in rank.values() for address in workers.values()]
+
+
+async def _dial(name: str, address: str) -> None:
+    place = urlsplit(address)
+    try:
+        async with asyncio.timeout(_DIAL_S):
+            _, writer = await asyncio.open_connection(place.hostname, place.port)
+    except (OSError, TimeoutError) as exc:
+        raise LauncherError(
+            f"{name} tells its peers {address}, and nothing answers there ({exc!r})",
+            "Is --host an address of the network that the nodes share? Does a firewall stand between?",
+        ) from exc
+    writer.close()
+
+
+def _transfer_ports_in(log: Path) -> list[int]:
+    """Ports a node's transfer engines say they listen on."""
+    ports = []
+    for line in logs.lines(log):
+        known = symptoms.recognised(line.text)
+        if known is not None and known.id in ("fact-te-rpc", "fact-te-data"):
+            match = known.pattern.search(line.text)
+            if match:
+                ports.append(int(match["port"]))
+    return ports

@@ -1,0 +1,149 @@
+"""A run that goes on by itself: `up -d`, status, logs, scale, restart, stop, clean, with simulated engines."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.launched import own_ports, run_to_end
+from tests.processes import wait_until
+
+SIM = ("--engine", "sim", "--model", "tiny")
+
+
+@dataclass
+class Run:
+    """A detached run and the folder its commands are given."""
+
+    folder: Path
+    url: str
+
+    def do(self, *command: str, code: int = 0) -> str:
+        result = run_to_end([*command, "--run-dir", str(self.folder)])
+        assert result.returncode == code, result.stdout + result.stderr
+        return result.stdout + result.stderr
+
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = json.loads(run_to_end(["status", "--json", "--run-dir", str(self.folder)]).stdout)
+        return status
+
+    def child(self, name: str) -> dict[str, Any]:
+        return next(child for child in self.status()["children"] if child["name"] == name)
+
+    def names(self) -> list[str]:
+        return sorted(child["name"] for child in self.status()["children"])
+
+    def ask(self) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/completions", json={"prompt": "hello", "max_tokens": 4})
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    ports = own_ports(3)
+    folder = tmp_path / "state" / "pd-launch" / "runs" / "this"
+    result = run_to_end(["up", "-d", *SIM, "--run-dir", str(folder), *ports])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "KV moved" in result.stdout
+    try:
+        yield Run(folder, f"http://127.0.0.1:{ports[-1]}")
+    finally:
+        run_to_end(["stop", "--run-dir", str(folder)])
+        run_to_end(["clean", "--yes"])
+
+
+def test_it_outlives_its_terminal_and_is_found_shown_and_stopped(run: Run) -> None:
+    assert run.ask().is_success
+    status = run.status()
+    assert (status["phase"], status["health"]) == ("ready", "ok")
+    assert status["proven"]
+    assert [child["state"] for child in status["children"]] == ["ready"] * 3
+    shown = run_to_end(["status"]).stdout  # the only one that is alive: found without being named
+    assert "prefill-0" in shown
+    assert str(run.url) in shown
+    logs = run_to_end(["logs", "proxy", "decode-0"]).stdout
+    assert "proxy    | " in logs
+    assert "node decode-0 is usable" in logs
+    assert run_to_end(["doctor"]).stdout.startswith("Nothing known to be wrong")
+    children = [psutil.Process(child["pid"]) for child in status["children"]]
+    assert "Stopped." in run.do("stop")
+    assert [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
+    assert run_to_end(["stop"]).stdout == "Nothing is running.\n"
+    assert run_to_end(["status"]).returncode == 1
+    assert run.status()["phase"] == "stopped"
+
+
+def test_nodes_come_and_go_while_it_serves(run: Run) -> None:
+    assert "decode-1 is ready." in run.do("scale", "--decode", "2")
+    assert run.names() == ["decode-0", "decode-1", "prefill-0", "proxy"]
+    wait_until(lambda: len(httpx.get(f"{run.url}/health").json()["nodes"]) == 3, "the proxy to be told")
+    assert run.ask().is_success
+    assert "nothing to do" in run.do("scale", "--decode", "2")
+    assert "decode-1 has gone." in run.do("scale", "--decode", "1")
+    assert run.names() == ["decode-0", "prefill-0", "proxy"]
+    assert run.ask().headers["x-pd-path"] == "disaggregated"
+    assert "at least one prefill" in run.do("scale", "--prefill", "0", code=2)
+    assert "no free port is left" in run.do("scale", "--decode", "9", code=3)
+
+
+def test_a_node_and_the_proxy_are_started_again_when_asked(run: Run) -> None:
+    for name in ("prefill-0", "decode-0", "proxy"):
+        before = run.child(name)["pid"]
+        assert f"{name} is ready again." in run.do("restart", name)
+        assert run.child(name)["pid"] != before
+        wait_until(lambda: run.ask().headers.get("x-pd-path") == "disaggregated", "hand-offs to go on")
+    assert "no node 'decode-7'" in run.do("restart", "decode-7", code=2)
+    assert run.status()["phase"] == "ready"
+
+
+def test_a_second_run_in_the_same_folder_is_refused(run: Run) -> None:
+    for detach in ([], ["-d"]):
+        result = run_to_end(["up", *detach, *SIM, "--run-dir", str(run.folder), *own_ports(2)])
+        assert result.returncode == 2
+        assert "another run uses" in result.stderr
+    assert run.ask().is_success
+
+
+def test_what_a_killed_launcher_leaves_is_pointed_out_and_cleaned_up_by_ownership(run: Run) -> None:
+    status = run.status()
+    children = [psutil.Process(child["pid"]) for child in status["children"]]
+    for child in children:
+        child.suspend()  # so that none of them hears that its launcher has gone
+    os.kill(status["launcher"], signal.SIGKILL)
+    wait_until(lambda: run.status()["phase"] == "killed", "the launcher to be gone")
+    assert "3 processes" not in run_to_end(["clean"]).stdout
+    listed = run_to_end(["clean"]).stdout
+    assert all(f"pid {child.pid}" in listed for child in children)
+    assert "pd-launch clean --yes" in listed
+    assert all(child.is_running() for child in children)
+    refused = run_to_end(["up", *SIM, "--http-ports", "8100-8100"])
+    assert "An earlier run left 3 processes" in refused.stderr
+    run_to_end(["clean", "--yes"])
+    gone = psutil.wait_procs(children, timeout=30)[1]
+    assert [child for child in gone if child.status() != psutil.STATUS_ZOMBIE] == []
+    assert run_to_end(["clean"]).stdout == "Nothing is left behind.\n"
+
+
+def test_what_is_asked_of_a_run_that_is_not_there_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    for command in (["status"], ["logs"], ["doctor"], ["restart", "x"], ["scale", "--decode", "2"]):
+        result = run_to_end(command)
+        assert result.returncode == 2
+        assert "no run is" in result.stderr
+    assert "how many?" in run_to_end(["scale"]).stderr
+    assert "no such file or folder" in run_to_end(["doctor", "/no/such"]).stderr
+
+
+def test_a_detached_start_that_fails_gives_its_exit_code_and_its_reason(tmp_path: Path) -> None:
+    flags = ["--prefill-args=--max-model-len", "--prefill-args=many", "--run-dir", str(tmp_path / "run")]
+    result = run_to_end(["up", "-d", *SIM, *own_ports(2), *flags])
+    assert result.returncode == 6
+    assert "prefill-0 ended: exit code 2" in result.stdout
+    assert "[bad-argument]" in result.stdout
