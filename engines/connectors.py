@@ -7,10 +7,11 @@ from .mooncake import MooncakeConnector
 from .mooncake_store import MooncakeStoreConnector
 from .nixl import NixlConnector
 
-ConnectorName = Literal["MooncakeConnector", "MooncakeStoreConnector", "NixlConnector"]
+ConnectorName = Literal["MooncakeConnector", "MooncakeStoreConnector", "MultiConnector", "NixlConnector"]
 
 CONNECTORS: dict[ConnectorName, Connector] = {
     "MooncakeConnector": MooncakeConnector(),
     "MooncakeStoreConnector": MooncakeStoreConnector(),
+    "MultiConnector": MooncakeConnector(),  # its first child is the one that hands over
     "NixlConnector": NixlConnector(),
 }

@@ -4,8 +4,9 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-from . import mooncake, mooncake_store
+from . import mooncake, mooncake_store, multi
 from .base import JSONObject, Role
+from .connectors import ConnectorName
 
 Device = Literal["cpu", "cuda"]
 
@@ -56,8 +57,9 @@ class Launch:
     transfer_ports: tuple[int, int]
     bootstrap_port: int | None
     transfer_timeout_s: int
+    connector: ConnectorName = "MooncakeConnector"
     store: Store | None = None
-    """Where the shared store is, with MooncakeStoreConnector; None is MooncakeConnector."""
+    """Where the shared store is, for the connectors that have one."""
     max_model_len: int | None = None
     devices: tuple[str, ...] = ()
     extra_args: tuple[str, ...] = ()
@@ -84,8 +86,10 @@ def arguments(launch: Launch) -> list[str]:
 
 def _kv_transfer_config(launch: Launch) -> JSONObject:
     on_cpu = launch.device == "cpu"
-    if launch.store is not None:
+    if launch.connector == "MooncakeStoreConnector":
         return mooncake_store.kv_transfer_config(launch.role, on_cpu=on_cpu)
+    if launch.connector == "MultiConnector":
+        return multi.kv_transfer_config(launch.role, launch.protocol, on_cpu=on_cpu)
     return mooncake.kv_transfer_config(launch.role, launch.protocol, on_cpu=on_cpu)
 
 

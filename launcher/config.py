@@ -1,5 +1,6 @@
 """What the user wants. Every field is a flag of `plan` and `up` and a key of the configuration file, in one word."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -12,6 +13,9 @@ from engines.vllm import OWNED_FLAGS
 from .errors import ConfigError
 
 TINY_MODEL = "tiny"
+
+
+_NODE_ARGUMENT = re.compile(r"(prefill|decode)-\d+=.")
 
 
 class PortRange(BaseModel):
@@ -89,9 +93,11 @@ class LaunchConfig(BaseModel):
     args: tuple[str, ...] = Field((), description="Further vLLM flag for every node; repeat for more.")
     prefill_args: tuple[str, ...] = Field((), description="... for prefill nodes.")
     decode_args: tuple[str, ...] = Field((), description="... for decode nodes.")
+    node_args: tuple[str, ...] = Field((), description="... for one node: prefill-0=--flag; repeat for more.")
     env: Environment = Field({}, description="NAME=VALUE in every node's environment; repeat for more.")
-    connector: Literal["MooncakeConnector", "MooncakeStoreConnector"] = Field(
-        "MooncakeConnector", description="How KV gets from node to node: pulled directly, or through a shared store."
+    connector: Literal["MooncakeConnector", "MooncakeStoreConnector", "MultiConnector"] = Field(
+        "MooncakeConnector",
+        description="How KV gets from node to node: pulled directly, through a shared store, or both.",
     )
     host: str = Field("127.0.0.1", description="Address the nodes bind and tell each other.")
     http_ports: Ports = Field(PortRange(first=8100, last=8199), description="One for each node's API.")
@@ -122,8 +128,12 @@ class LaunchConfig(BaseModel):
 
     @model_validator(mode="after")
     def _leaves_the_plan_its_flags(self) -> Self:
-        for name in ("args", "prefill_args", "decode_args"):
-            owned = sorted(OWNED_FLAGS & {arg.split("=", 1)[0] for arg in getattr(self, name)})
+        if not all(_NODE_ARGUMENT.match(arg) for arg in self.node_args):
+            raise ValueError("node_args: write NODE=ARGUMENT, like prefill-0=--max-num-seqs")
+        of_nodes = (arg.split("=", 1)[1] for arg in self.node_args)
+        given = {"args": self.args, "prefill_args": self.prefill_args, "decode_args": self.decode_args}
+        for name, arguments in (given | {"node_args": tuple(of_nodes)}).items():
+            owned = sorted(OWNED_FLAGS & {arg.split("=", 1)[0] for arg in arguments})
             if owned:
                 raise ValueError(f"{name}: {', '.join(owned)} is set by pd-launch itself; use its own flag")
         return self

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from . import facts
+from . import facts, logs
 from .config import LaunchConfig
 from .errors import InterruptedStart
 from .reserve import LockFile
@@ -26,7 +26,7 @@ def up(config: LaunchConfig, lock: LockFile | None, console: Console) -> None:
     folder.claim()  # a run in that folder would be said by the other launcher only
     folder.clear()
     folder.release()
-    screen = run_dir / "launcher.log"
+    screen = run_dir / logs.OF_THE_LAUNCHER
     with screen.open("wb") as output:
         launcher = subprocess.Popen(
             [sys.executable, "-P", "-m", "launcher.cli", "up", *_arguments(config, lock, run_dir)],

@@ -34,7 +34,8 @@ def logs_in(places: Sequence[Path]) -> list[Path]:
     for place in places:
         if not place.exists():
             raise ConfigError(f"{place}: no such file or folder")
-        found += logs.files_of(place) if place.is_dir() else [place]
+        inside = logs.files_of(place) if place.is_dir() else [place]
+        found += [file for file in inside if file.name != logs.OF_THE_LAUNCHER]  # it repeats what the nodes said
     if not found:
         raise ConfigError(f"no log in {', '.join(map(str, places))}", "Name a run's folder, or log files")
     return found

@@ -13,6 +13,8 @@ from engines.symptoms import Line, when
 
 from .errors import ConfigError
 
+OF_THE_LAUNCHER = "launcher.log"
+"""The screen of a launcher that was started with `up -d`."""
 _LOOK_EVERY_S = 0.25
 _MOST_BYTES = 64 * 2**20
 _KEPT = 3

@@ -155,6 +155,7 @@ def moved_node(plan: Plan, config: LaunchConfig, facts: HostFacts, node: NodePro
 
 def _node(config: LaunchConfig, facts: HostFacts, seat: Seat, run_dir: Path, temporary: Path) -> NodeProcess:
     role_args = config.prefill_args if seat.role is Role.PREFILL else config.decode_args
+    own_args = [arg.split("=", 1)[1] for arg in config.node_args if arg.startswith(f"{seat.name}=")]
     launch = vllm.Launch(
         role=seat.role,
         model=_model_argument(config, facts),
@@ -166,14 +167,15 @@ def _node(config: LaunchConfig, facts: HostFacts, seat: Seat, run_dir: Path, tem
         transfer_ports=seat.transfer_ports,
         bootstrap_port=seat.bootstrap_port,
         transfer_timeout_s=config.transfer_timeout_s,
+        connector=config.connector,
         store=vllm.Store(str(run_dir / _STORE_FILE), seat.store_client_ports) if seat.store_client_ports else None,
         max_model_len=config.max_model_len,
         devices=seat.devices,
-        extra_args=(*config.args, *role_args),
+        extra_args=(*config.args, *role_args, *own_args),
     )
     own_folder = str(temporary / seat.name)
     environment = vllm.environment(launch) | {"TMPDIR": own_folder, "VLLM_RPC_BASE_PATH": own_folder}
-    if config.device == "cpu" and config.engine == "vllm":
+    if config.engine == "vllm" and "kv_connector_module_path" in "".join(vllm.arguments(launch)):
         environment["PYTHONPATH"] = str(facts.plugins)
     if config.model == TINY_MODEL:
         environment["HF_HUB_OFFLINE"] = "1"

@@ -11,7 +11,7 @@ import psutil
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from . import process
+from . import logs, process
 from .errors import ConfigError
 from .facts import APPLICATION
 
@@ -105,7 +105,7 @@ class RunFolder:
     def clear(self) -> None:
         """What an earlier run in the same folder wrote would be taken for this one's."""
         for log in (*self.path.glob("*.log"), *self.path.glob("*.log.*")):
-            if log.name != "launcher.log":
+            if log.name != logs.OF_THE_LAUNCHER:
                 log.unlink()
         (self.path / _STATE).unlink(missing_ok=True)
 

@@ -102,7 +102,8 @@ def seats_of(config: LaunchConfig, room: Room) -> Iterator[Seat]:
 def seat_for(config: LaunchConfig, room: Room, name: str, role: Role, devices: tuple[str, ...]) -> Seat:
     workers = max(1, len(devices))
     slice_size = config.transfer_ports_per_node * workers
-    drawn = PORTS_PER_TRANSFER_ENGINE * workers + _SPARE_PORTS if config.engine == "vllm" else 0
+    engines = 2 if config.connector == "MultiConnector" else 1  # each child connector has a transfer engine of its own
+    drawn = PORTS_PER_TRANSFER_ENGINE * engines * workers + _SPARE_PORTS if config.engine == "vllm" else 0
     transfer = room.take("transfer_ports", slice_size, drawn)
     client = room.take("store_client_ports", _STORE_CLIENT_PORTS, workers + _SPARE_PORTS) if has_store(config) else None
     has_bootstrap = role is Role.PREFILL and CONNECTORS[config.connector].has_bootstrap
@@ -136,7 +137,7 @@ def _port(purpose: Purpose, ports: PortRange, bind: str) -> Port:
 
 def has_store(config: LaunchConfig) -> bool:
     """The simulator needs none: it computes what a store does not give it."""
-    return config.connector == "MooncakeStoreConnector" and config.engine == "vllm"
+    return config.connector in ("MooncakeStoreConnector", "MultiConnector") and config.engine == "vllm"
 
 
 def check_ranges(config: LaunchConfig, facts: HostFacts) -> None:

@@ -9,7 +9,8 @@ CUDA's stream with an event before it saves (store/worker.py, `wait_for_save`); 
 """
 
 import torch
-from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.mooncake_connector import MooncakeConnector
+from pd_counted_connector import CountedMooncakeConnector
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.store.connector import MooncakeStoreConnector
 from vllm.platforms import current_platform
 
@@ -32,9 +33,13 @@ if current_platform.is_cpu():
     torch.cuda.Event = _DoneAlready
 
 
-class CpuMooncakeConnector(MooncakeConnector):
+class CpuMooncakeConnector(CountedMooncakeConnector):
     """`MooncakeConnector` on a CPU; the name shows in the engine's log that the plug-in was loaded."""
 
 
 class CpuMooncakeStoreConnector(MooncakeStoreConnector):
     """`MooncakeStoreConnector` on a CPU."""
+
+
+for _name in ("CpuMooncakeConnector", "CpuMooncakeStoreConnector"):  # MultiConnector looks its children up by name
+    KVConnectorFactory.register_connector(_name, __name__, _name)

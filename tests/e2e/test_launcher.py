@@ -30,7 +30,7 @@ for arguments in json.load(sys.stdin):
 
 
 def test_every_command_line_a_plan_has_is_accepted_by_the_engines_own_parser() -> None:
-    connectors = ("MooncakeConnector", "MooncakeStoreConnector")
+    connectors = ("MooncakeConnector", "MooncakeStoreConnector", "MultiConnector")
     wanted: list[dict[str, Any]] = [
         {"model": "tiny", "max_model_len": 512, "args": ["--max-num-seqs", "8"]},
         {"model": "Qwen/Qwen3-8B", "device": "cuda", "devices": "0,1", "transfer_protocol": "rdma"},
@@ -48,8 +48,12 @@ def test_every_command_line_a_plan_has_is_accepted_by_the_engines_own_parser() -
     assert result.returncode == 0, result.stderr[-3000:]
     parsed = [json.loads(line.removeprefix("PARSED ")) for line in result.stdout.splitlines() if "PARSED" in line]
     assert [role for _, role, _, _ in parsed] == ["kv_producer", "kv_consumer"] * len(plans)
-    assert [workers for _, _, workers, _ in parsed] == [1, 1, 1, 1, 2, 2] * 2
-    names = [name for connector in connectors for name in [f"Cpu{connector}"] * 2 + [connector] * 4]
+    assert [workers for _, _, workers, _ in parsed] == [1, 1, 1, 1, 2, 2] * 3
+    names = [
+        name
+        for connector in connectors
+        for name in [connector if connector == "MultiConnector" else f"Cpu{connector}"] * 2 + [connector] * 4
+    ]
     assert [name for name, _, _, _ in parsed] == names
 
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import START_PATIENCE_S
-from tests.launched import Up, up
+from tests.launched import Up, run_to_end, up
 from tests.processes import free_range, metric, wait_until
 
 pytestmark = pytest.mark.timeout(1200)
@@ -65,3 +65,39 @@ def test_a_store_that_is_killed_ends_the_run_and_is_named_as_the_cause(store_pai
     assert store_pair.process.wait(120) == 1
     assert "store ended: killed by SIGKILL" in store_pair.output
     assert [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.fixture(scope="module")
+def both_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    flags = ["--model", "tiny", "--connector", "MultiConnector", "--store-ports", free_range(2),
+             "--store-client-ports", free_range(64)]  # fmt: skip
+    with up(tmp_path_factory.mktemp("both"), *flags) as run:
+        run.until("Ready:", START_PATIENCE_S)
+        yield run
+        assert run.end() == 0
+    said = run_to_end(["doctor", str(run.run_dir)]).stdout
+    assert said.startswith("Nothing known to be wrong"), said
+
+
+def test_direct_hand_off_and_store_together_count_every_token_and_outlive_their_first_transfer(both_pair: Up) -> None:
+    """VLLM's own MooncakeConnector in a MultiConnector kills the API server just after its first transfer."""
+    decode, prefill = both_pair.nodes("decode")[0], both_pair.nodes("prefill")[0]
+    before = metric(decode, "vllm:prompt_tokens_by_source_total", source="external_kv_transfer")
+    tokens = 0
+    for number in range(4):
+        prompt = f"{number} {LONG}"
+        answer = complete(both_pair.url, prompt)
+        tokens += answer["usage"]["prompt_tokens"]
+        assert answer["choices"][0]["text"] == complete(prefill, prompt)["choices"][0]["text"]
+
+    def moved() -> float:
+        return metric(decode, "vllm:prompt_tokens_by_source_total", source="external_kv_transfer") - before
+
+    wait_until(lambda: moved() == tokens, "every prompt token to be counted")
+    assert "ended" not in both_pair.output
+
+
+def test_store_and_hand_off_leave_no_kv_held(both_pair: Up) -> None:
+    for role in ("prefill", "decode"):
+        url = both_pair.nodes(role)[0]
+        wait_until(lambda url=url: metric(url, "vllm:kv_cache_usage_perc") == 0, "KV to be free")  # type: ignore[misc]

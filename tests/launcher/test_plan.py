@@ -227,3 +227,25 @@ def test_with_a_store_its_master_is_started_first_and_every_node_is_told_of_it()
 
 def test_without_a_store_there_is_no_service_and_no_file() -> None:
     assert (plan().services, plan().files) == ((), {})
+
+
+def test_both_connectors_together_have_a_store_a_bootstrap_and_a_child_that_is_counted() -> None:
+    for device, child in (("cpu", "CpuMooncakeConnector"), ("cuda", "CountedMooncakeConnector")):
+        made = plan(connector="MultiConnector", device=device, model="m")
+        prefill, decode = (kv_config(node.command) for node in made.nodes)
+        children = prefill["kv_connector_extra_config"]["connectors"]
+        assert children[0]["kv_connector"] == child
+        assert [one["kv_role"] for one in children] == ["kv_producer", "kv_both"]
+        assert decode["kv_role"] == "kv_consumer"
+        assert made.nodes[0].bootstrap
+        assert made.nodes[0].environment["PYTHONPATH"] == "/ours/engines/plugins"
+        assert [service.name for service in made.services] == ["store"]
+
+
+def test_one_node_can_have_flags_of_its_own() -> None:
+    made = plan(decode=2, decode_args=["--a"], node_args=["decode-1=--b=c", "decode-1=d"])
+    assert [node.command[-3:] for node in made.nodes[1:]] == [made.nodes[1].command[-3:], ("--a", "--b=c", "d")]
+    assert made.nodes[1].command[-1] == "--a"
+    for wrong in ("--b", "decode=--b", "decode-1=--port=1"):
+        with pytest.raises(ConfigError, match="node_args"):
+            plan(node_args=[wrong])
