@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-quick soak bench lint format engine clean
+.PHONY: demo test test-quick soak soak-real bench lint format engine clean
 
 demo: engine
 	@$(BIN)/pd-launch up --model tiny
@@ -16,6 +16,10 @@ test: engine
 SOAK_S ?= 1800
 soak: .venv/installed
 	@SOAK_S=$(SOAK_S) $(BIN)/pytest -s tests/proxy/test_soak.py
+
+# The same on two and two real nodes, whose processes are killed and stopped in turn (16 GB of memory).
+soak-real: engine
+	@SOAK_S=$(SOAK_S) $(BIN)/pytest -s tests/e2e/soak.py
 
 # Without real engines: seconds instead of minutes.
 test-quick: .venv/installed

@@ -9,6 +9,7 @@ with greedy sampling it is the rest that the lost node would have made. Source: 
 import re
 from collections import deque
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import orjson
@@ -22,8 +23,15 @@ _FINISHED = b'"finish_reason":"'
 _REASONING = b'"reasoning":"'
 _END_OF_EVENT = b"\n\n"
 _END_OF_CHUNK = b"\n\n\r\n"
+_AROUND_A_CHUNK = 4
+"""Bytes of the two line ends of a chunk."""
 _DONE = b"data: [DONE]"
 _ERROR = b'data: {"error"'
+_ONE_EVENT = re.compile(
+    rb"([1-9a-f][0-9a-f]{0,4})\r\n"
+    rb'data: \{"id":[^\n]*"finish_reason":null[^\n\[]*"token_ids":\[([0-9,]*)\][^\n]*\n\n\r\n'
+)
+"""What nearly every read of a stream is: one chunk, in it one event in the middle of the answer, with its tokens."""
 _REMEMBERED_READS = 8
 _DEFAULT_COMPLETION_TOKENS = 16
 
@@ -100,6 +108,21 @@ class SentTokens:
         """What the node said when its engine died under it: an error as an event. The client does not see it."""
         self._has_reasoning = False
 
+    def one_event(self, data: bytes) -> bytes | None:
+        """What `in_place` would return, quickly, if these bytes are one chunk with one ordinary event; else None."""
+        found = _ONE_EVENT.fullmatch(data)
+        if found is None or self._rest or _REASONING in data:
+            return None
+        if int(found[1], 16) != len(data) - found.end(1) - _AROUND_A_CHUNK:
+            return None
+        ids = found[2]
+        self._reads.append(data)
+        self._ids.append(ids)
+        if not self._hide:
+            return data
+        start = found.start(2) - 1
+        return data[:start] + _blank(len(ids)) + data[found.end(2) + 1 :]
+
     def in_place(self, data: bytes) -> bytes | None:
         """Whole events in HTTP chunks: the same bytes, as many of them. None when `feed` must look at them."""
         if self._rest or _ERROR in data or not data.endswith(_END_OF_CHUNK):
@@ -157,8 +180,7 @@ class SentTokens:
 
     def _blanked(self, found: "re.Match[bytes]") -> bytes:
         self._ids.append(found[1])
-        room = len(found[1]) + 2
-        return b'"token_ids":' + (b"null" if room >= 4 else b"[]").ljust(room)
+        return b'"token_ids":' + _blank(len(found[1]))
 
     def _cut(self, found: "re.Match[bytes]") -> bytes:
         self._ids.append(found[1])
@@ -185,6 +207,12 @@ class SentTokens:
                     return count if tokens == 1 else None
                 count += tokens
         return count if len(self._reads) < _REMEMBERED_READS else None
+
+
+@cache
+def _blank(length: int) -> bytes:
+    """No token ids, in the place of a list of so many characters between its brackets."""
+    return (b"null" if length >= 2 else b"[]").ljust(length + 2)
 
 
 def continuation_body(

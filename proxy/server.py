@@ -20,7 +20,7 @@ from engines import openai
 from engines.continuation import SentTokens
 
 from .errors import BadRequestError, ClientGoneError, ClientStalledError, NodeBrokeOffError, ProxyError
-from .transport import Answer, Deadline, Sink
+from .transport import Answer, Deadline, Sink, are_whole_frames
 
 _CONNECTION: Final = "pd_proxy.connection"
 _CYCLE: Final = "pd_proxy.cycle"
@@ -241,16 +241,6 @@ class ClientConnection:
         than `stall_s`. Raises NodeError, or ClientStalledError.
         """
         connection = self._connection
-        transport = connection.transport
-
-        def frames(data: bytes) -> bool:
-            if sent is not None:
-                blanked = sent.in_place(data)
-                if blanked is None:
-                    return False
-                data = blanked
-            transport.write(data)
-            return True
 
         def write(pieces: Sequence[bytes], *, ended: bool) -> Exception | None:
             if sent is None:
@@ -265,8 +255,8 @@ class ClientConnection:
         if connection.flow.write_paused:
             answer.pause()
         try:
-            passed = frames if self._framed else None
-            await answer.pipe(Sink(write, passed, deadline, silence_s=silence_s, stall_s=stall_s))
+            frames = _passing_on(connection.transport.write, sent) if self._framed else None
+            await answer.pipe(Sink(write, frames, deadline, silence_s=silence_s, stall_s=stall_s))
         finally:
             connection.source = None
         self._complete()
@@ -329,6 +319,31 @@ class ClientConnection:
         if not cycle.keep_alive:
             self._connection.transport.close()
         cycle.on_response()
+
+
+def _passing_on(write: Callable[[bytes], object], sent: SentTokens | None) -> Callable[[bytes], bool]:
+    """What is done with every read of a stream: one that is whole chunks goes to the client as it is."""
+
+    def untouched(data: bytes) -> bool:
+        if not are_whole_frames(data):
+            return False
+        write(data)
+        return True
+
+    if sent is None:
+        return untouched
+    one_event, in_place = sent.one_event, sent.in_place
+
+    def blanked(data: bytes) -> bool:
+        passed = one_event(data)
+        if passed is None:
+            passed = in_place(data) if are_whole_frames(data) else None
+        if passed is None:
+            return False
+        write(passed)
+        return True
+
+    return blanked
 
 
 def refuse_unless_json(connection: ClientConnection) -> None:

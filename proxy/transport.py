@@ -264,8 +264,9 @@ class Answer:
 class Sink:
     """Where an answer's bytes go as they come.
 
-    `frames` is called, where it is not None, with bytes that are whole chunks in HTTP's chunked coding already; what
-    it does not want (it returns False), and all else, comes to `write` as pieces of the body. The error that `write`
+    `frames`, where it is not None, is called with the bytes of a chunked body just as they came, from the beginning of
+    a chunk on. It may take them if they are whole chunks (`are_whole_frames`); what it does not take (it returns
+    False), and all else, comes to `write` as pieces of the body. The error that `write`
     returns, if any, ends the answer.
     """
 
@@ -421,7 +422,7 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         frames = self._frames
-        if frames is not None and _are_whole_frames(data) and frames(data):
+        if frames is not None and frames(data):
             self._heard = True  # the parser stands between two chunks, before and after
             return
         if not self._busy or self._complete:
@@ -561,7 +562,7 @@ class _Connection(asyncio.Protocol):
         return _ClosedBeforeAnswerError()
 
 
-def _are_whole_frames(data: bytes) -> bool:
+def are_whole_frames(data: bytes) -> bool:
     """Nothing but whole chunks in chunked coding, none of them the last: passed on as they are, they stay right.
 
     Strict on purpose (no extensions, no leading zeros): what it does not know, the parser judges.

@@ -52,6 +52,38 @@ def test_bytes_that_are_chunks_already_keep_their_length(ids: list[int]) -> None
     assert sent.token_ids() == [10, *ids]
 
 
+@given(st.text(), st.lists(st.integers(0, 200_000), max_size=4), st.booleans(), st.binary(max_size=4))
+def test_the_quick_way_does_what_the_long_way_does_or_nothing(
+    text: str, ids: list[int], hide: bool, more: bytes
+) -> None:
+    quick, long = SentTokens(hide=hide), SentTokens(hide=hide)
+    for sent in (quick, long):
+        sent.feed(STREAM[0])
+    data = frame(event(text, ids))
+    passed = quick.one_event(data)
+    assert passed == long.in_place(data)
+    assert quick.token_ids() == long.token_ids()
+    assert quick.can_go_on == long.can_go_on
+    if more:
+        assert SentTokens(hide=hide).one_event(data + more) is None
+        assert SentTokens(hide=hide).one_event(more + data) is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        b'data: {"error":{"message":"\\"finish_reason\\":null,\\"token_ids\\":[1]"}}\n\n',
+        b'data: {"id":"x","choices":[{"index":0,"delta":{"reasoning":"so"},"finish_reason":null,"token_ids":[1]}]}\n\n',
+        b'data: {"id":"x","choices":[{"index":0,"text":"","finish_reason":"stop","token_ids":[2]}]}\n\n',
+        b"data: [DONE]\n\n",
+    ],
+)
+def test_what_is_no_ordinary_event_goes_the_long_way(other: bytes) -> None:
+    assert SentTokens(hide=True).one_event(frame(other)) is None
+    assert SentTokens(hide=True).one_event(frame(event("a", [1])) + frame(other)) is None
+    assert SentTokens(hide=True).one_event(frame(event("a", [1]))[1:]) is None
+
+
 def test_a_client_that_asked_for_ids_gets_the_bytes_unchanged() -> None:
     sent = SentTokens(hide=False)
     assert sent.feed(STREAM[0]) == STREAM[0]
