@@ -22,7 +22,7 @@ from .config import TINY_MODEL, LaunchConfig, flag_of, load
 from .errors import ConfigError, LauncherError
 from .plan import Plan, make_plan
 from .ports import Locks
-from .progress import Progress
+from .progress import Progress, Screen
 from .reserve import LockFile, reserve, survey
 from .runs import RunFolder
 from .supervisor import Supervisor
@@ -34,7 +34,7 @@ app = typer.Typer(
 )
 _WIDE = 240
 """Columns of a screen that is none: a table in a pipe or a file is never cut."""
-_out = Console(width=None if sys.stdout.isatty() else _WIDE)
+_out = Screen(width=None if sys.stdout.isatty() else _WIDE)
 _err = Console(stderr=True)
 
 
@@ -154,9 +154,10 @@ async def _up(config: LaunchConfig, plan: Plan, locks: Locks) -> None:
 
 def _point_out_remains() -> None:
     """What earlier runs left is shown, and never taken away without being asked."""
-    for run, _, left in runs.remains():
+    for run, _, left, files in runs.remains():
         _err.print(
-            f"[yellow]An earlier run left {len(left)} processes ({run.path}).[/] `pd-launch clean --yes` ends them.",
+            f"[yellow]An earlier run left {len(left)} processes and {len(files)} files ({run.path}).[/] "
+            "`pd-launch clean --yes` takes them away.",
             highlight=False,
             soft_wrap=True,
         )
@@ -241,9 +242,7 @@ def stop_command(run_dir: RunDir = None) -> None:
     """Stop a run, as Ctrl-C would. Well when there is nothing to stop."""
     try:
         run = runs.choose(run_dir, alive=True)
-    except ConfigError as exc:
-        if "runs are alive" in str(exc):
-            raise
+    except runs.NoRunError:
         _out.print("Nothing is running.", highlight=False)
         return
     operate.stop(run, _say)
@@ -274,7 +273,7 @@ def logs_command(
         list[str] | None, typer.Argument(metavar="[NODE]...", help="[default: all, in one time line]")
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as they grow, until Ctrl-C.")] = False,  # noqa: FBT002
-    tail: Annotated[int | None, typer.Option("--tail", "-n", metavar="N", help="Only the last lines.")] = None,
+    tail: Annotated[int | None, typer.Option("--tail", "-n", metavar="N", min=0, help="Only the last lines.")] = None,
     run_dir: RunDir = None,
 ) -> None:
     """All nodes' logs in one time line, or some nodes' only."""

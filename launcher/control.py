@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import LauncherError
+from .errors import ConfigError, LauncherError
 
 Say = Callable[[str], None]
 Handler = Callable[[dict[str, Any], Say], Awaitable[None]]
@@ -20,8 +20,9 @@ Handler = Callable[[dict[str, Any], Say], Awaitable[None]]
 
 @asynccontextmanager
 async def listening(path: Path, handle: Handler) -> AsyncIterator[None]:
-    """Answer commands, one after the other, for as long as this lasts."""
+    """Answer commands, one after the other, for as long as this lasts; one that is not done by then is broken off."""
     busy = asyncio.Lock()
+    asked: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         def tell(message: dict[str, Any]) -> None:
@@ -29,7 +30,7 @@ async def listening(path: Path, handle: Handler) -> AsyncIterator[None]:
                 writer.write(json.dumps(message).encode() + b"\n")
 
         try:
-            command = json.loads(await reader.readline())
+            command = _command(await reader.readline())
             if busy.locked():
                 tell({"say": "Waiting for another command to be done."})
             async with busy:
@@ -37,16 +38,35 @@ async def listening(path: Path, handle: Handler) -> AsyncIterator[None]:
             tell({"done": True})
         except LauncherError as exc:
             tell({"error": str(exc), "hint": exc.hint, "exit_code": exc.exit_code})
-        except (ValueError, KeyError, TypeError) as exc:
-            tell({"error": f"not a command: {exc!r}", "hint": "", "exit_code": 2})
+        except asyncio.CancelledError:
+            tell({"error": "the run is being stopped", "hint": "", "exit_code": 1})
         finally:
             writer.close()
 
-    server = await asyncio.start_unix_server(serve, path)
+    def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(serve(reader, writer))
+        asked.add(task)
+        task.add_done_callback(asked.discard)
+
+    server = await asyncio.start_unix_server(begin, path)
     try:
         yield
     finally:
         server.close()
+        for task in tuple(asked):
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+
+
+def _command(line: bytes) -> dict[str, Any]:
+    """Raises ConfigError."""
+    try:
+        command = json.loads(line)
+    except ValueError:
+        command = None
+    if not isinstance(command, dict):
+        raise ConfigError("not a command")
+    return command
 
 
 def ask(path: Path, command: dict[str, Any], say: Say) -> None:

@@ -3,25 +3,29 @@
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
 from rich.console import Console
 
-from . import facts, logs
+from . import facts, logs, private
 from .config import LaunchConfig
-from .errors import InterruptedStart
+from .errors import InterruptedStart, PreflightError
 from .reserve import LockFile
 from .runs import RunFolder
 
 _LOOK_EVERY_S = 0.2
-_STOP_S = 120
+_STOP_S = 60
 
 
 def up(config: LaunchConfig, lock: LockFile | None, console: Console) -> None:
     """Returns when the run is ready. Exits with the launcher's own code when it ends before that."""
     run_dir = (config.run_dir or facts.gather(config.device).new_run_dir).expanduser().absolute()
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise PreflightError(f"cannot make {run_dir} for the logs: {exc.strerror}", "Choose with --run-dir") from exc
     folder = RunFolder(run_dir)
     folder.claim()  # a run in that folder would be said by the other launcher only
     folder.clear()
@@ -39,25 +43,20 @@ def up(config: LaunchConfig, lock: LockFile | None, console: Console) -> None:
         _show_until_ready(launcher, folder, screen, console)
     except KeyboardInterrupt:
         launcher.terminate()
-        launcher.wait(_STOP_S)
+        with suppress(subprocess.TimeoutExpired):
+            launcher.wait(config.stop_timeout_s * 4 + _STOP_S)
         raise InterruptedStart("interrupted before everything was up") from None
 
 
 def _arguments(config: LaunchConfig, lock: LockFile | None, run_dir: Path) -> list[str]:
     """The same run, by a file that only this user can read: `--env` may hold a secret."""
+    file = run_dir / ".detached"
     if lock is not None:
-        file = run_dir / "lock.json"
-        _write_privately(file, lock.model_dump_json(indent=1))
+        private.write(file, lock.model_dump_json(indent=1))
         return ["--locked", str(file), "--run-dir", str(run_dir)]
-    file = run_dir / "config.yaml"
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"run_dir"})
-    _write_privately(file, yaml.safe_dump(settings))
+    private.write(file, yaml.safe_dump(settings))
     return ["--config", str(file), "--run-dir", str(run_dir)]
-
-
-def _write_privately(file: Path, text: str) -> None:
-    file.touch(mode=0o600)
-    file.write_text(text)
 
 
 def _show_until_ready(launcher: "subprocess.Popen[bytes]", folder: RunFolder, screen: Path, console: Console) -> None:

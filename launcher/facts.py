@@ -14,6 +14,7 @@ import engines.plugins
 from engines.vllm import Device
 
 APPLICATION = "pd-launch"
+_LONGEST_TEMPORARY = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,14 @@ def gather(device: Device) -> HostFacts:
         new_run_dir=platformdirs.user_state_path(APPLICATION)
         / "runs"
         / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-        temporary=Path(tempfile.gettempdir()),
+        temporary=_short_temporary(),
     )
+
+
+def _short_temporary() -> Path:
+    """A Unix socket's path has at most 107 bytes, and engines add about 65 to this one."""
+    usual = Path(tempfile.gettempdir())
+    return usual if len(str(usual)) <= _LONGEST_TEMPORARY else Path("/tmp")  # noqa: S108  a private folder is made there
 
 
 def _ephemeral_ports() -> tuple[int, int]:

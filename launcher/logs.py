@@ -7,6 +7,7 @@ import asyncio
 import heapq
 import shutil
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from engines.symptoms import Line, when
@@ -41,13 +42,28 @@ def lines(file: Path, offset: int = 0) -> Iterator[Line]:
 
 
 def time_line(files: Iterable[Path], offsets: Mapping[str, int] | None = None) -> Iterator[Line]:
-    """The lines of all logs, ordered by their times. `offsets`: a log's name to the byte to begin at."""
-    return heapq.merge(*(lines(file, (offsets or {}).get(file.stem, 0)) for file in files), key=lambda line: line.when)
+    """The lines of all logs, ordered by their times; those turned over come first.
+
+    `offsets`: a log's name to the byte to begin at, of which nothing before is read.
+    """
+    read = (lines(file, offsets[file.stem]) if offsets is not None else _all_lines(file) for file in files)
+    return heapq.merge(*read, key=lambda line: line.when)
 
 
-async def follow(files: Sequence[Path]) -> AsyncIterator[Line]:
-    """What is written from now on, for ever."""
-    places = {file: file.stat().st_size for file in files}
+def _all_lines(file: Path) -> Iterator[Line]:
+    older = (file.with_name(f"{file.name}.{number}") for number in range(_KEPT, 0, -1))
+    for part in (*older, file):
+        if part.exists():
+            yield from (replace(line, log=file.stem) for line in lines(part))
+
+
+def ends(files: Iterable[Path]) -> dict[Path, int]:
+    """How long the logs are now."""
+    return {file: file.stat().st_size for file in files}
+
+
+async def follow(files: Sequence[Path], places: dict[Path, int]) -> AsyncIterator[Line]:
+    """What is written behind these places, for ever."""
     numbers = dict.fromkeys(files, 0)
     while True:
         for file in files:
@@ -72,20 +88,24 @@ def _new_lines(file: Path, places: dict[Path, int]) -> list[bytes]:
     return whole.splitlines()
 
 
-def turn_over(file: Path, most_bytes: int = _MOST_BYTES) -> None:
-    """When a log is too long, keep it under another name and begin it again; the oldest goes.
+def turn_over(file: Path, most_bytes: int = _MOST_BYTES) -> bool:
+    """When a log is too long, keep it under another name and begin it again; the oldest goes. Whether it was.
 
     Copied and emptied, since its writer has it open (for appending: it goes on at the new beginning).
     """
     if not file.exists() or file.stat().st_size <= most_bytes:
-        return
+        return False
     kept = [file.with_name(f"{file.name}.{number}") for number in range(1, _KEPT + 1)]
     for older, old in zip(kept[:0:-1], kept[-2::-1], strict=True):
         if old.exists():
             old.replace(older)
-    shutil.copyfile(file, kept[0])
+    try:
+        shutil.copyfile(file, kept[0])
+    except OSError:  # no room for a copy: the less there is to keep, the more the disk is full
+        kept[0].unlink(missing_ok=True)
     with file.open("r+b") as log:
         log.truncate()
+    return True
 
 
 def _text(raw: bytes) -> str:

@@ -3,6 +3,7 @@
 import shutil
 import signal
 import time
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -12,7 +13,6 @@ from .control import Say
 from .errors import LauncherError
 from .runs import RunFolder
 
-_STOP_S = 180
 _LOOK_EVERY_S = 0.2
 
 
@@ -29,12 +29,17 @@ def stop(run: RunFolder, say: Say) -> None:
     state = run.read()
     if state is None:
         raise LauncherError(f"the run in {run.path} has just begun", "Try again in a moment")
+    if state.machine != runs.this_machine():
+        raise LauncherError(f"the run in {run.path} is on another machine, or in another container", "Stop it there")
     say(f"Stopping the run in {run.path} (pid {state.launcher}).")
-    psutil.Process(state.launcher).send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + _STOP_S
+    with suppress(psutil.NoSuchProcess):  # it has just ended
+        psutil.Process(state.launcher).send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + state.stops_within_s
     while run.is_alive:
         if time.monotonic() > deadline:
-            raise LauncherError(f"pid {state.launcher} did not end in {_STOP_S} s", "kill -9 it, then pd-launch clean")
+            raise LauncherError(
+                f"pid {state.launcher} did not end in {state.stops_within_s:g} s", "kill -9 it, then pd-launch clean"
+            )
         time.sleep(_LOOK_EVERY_S)
     say("Stopped.")
 
@@ -44,18 +49,18 @@ def clean(say: Say, *, do_it: bool) -> None:
     found = list(runs.remains())
     if not found:
         say("Nothing is left behind.")
-    for run, state, left in found:
+    for run, state, left, files in found:
         say(f"{run.path}, whose launcher (pid {state.launcher}) has gone:")
-        for one in left:
-            say(f"  {_described(one)}")
+        for what in (*map(_described, left), *map(str, files)):
+            say(f"  {what}")
         if do_it:
-            files = process.shared_memory(left).union(*(child.shared_memory for child in state.children))
+            shared = process.shared_memory(left).union(*(child.shared_memory for child in state.children))
             process.kill(left)
-            removed = process.remove_unmapped(files)
+            process.remove_unmapped(shared)
             shutil.rmtree(state.temporary, ignore_errors=True)
-            say(f"  ended, and removed {len(removed)} files of shared memory")
+            say("  gone")
     if found and not do_it:
-        say("`pd-launch clean --yes` ends them.")
+        say("`pd-launch clean --yes` takes them away.")
 
 
 def _described(one: psutil.Process) -> str:

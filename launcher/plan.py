@@ -1,5 +1,6 @@
 """What will be started: a pure function from the configuration and facts about the host."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -111,7 +112,7 @@ def make_plan(config: LaunchConfig, facts: HostFacts, seats: Sequence[Seat] = ()
     check_ranges(config, facts)
     room = Room(config, facts)
     run_dir = (config.run_dir or facts.new_run_dir).expanduser().absolute()
-    temporary = facts.temporary / f"pdl-{run_dir.name[-24:]}"
+    temporary = facts.temporary / f"pdl-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:12]}"
     chosen = tuple(seats) or tuple(seats_of(config, room))
     nodes = tuple(_node(config, facts, seat, run_dir, temporary) for seat in chosen)
     store = room.take("store_ports", 2) if has_store(config) else 0

@@ -115,18 +115,18 @@ def _can_bind(port: Port, number: int) -> bool:
 
 
 def _is_free(address: str, port: int, *, reuse: bool) -> bool:
-    with socket.socket(_family(address), socket.SOCK_STREAM) as probe:
-        if reuse:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with socket.socket(_family(address), socket.SOCK_STREAM) as probe:
+            if reuse:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((address, port))
             probe.listen(1)  # a socket that only reserves the port lets bind pass; listen then fails
-        except OSError as exc:
-            if exc.errno in (errno.EADDRINUSE, errno.EACCES):
-                return False
-            if exc.errno == errno.EAFNOSUPPORT:  # no IPv6 here: nobody has it
-                return True
-            raise LauncherError(f"cannot use address {address}: {exc.strerror}", "Is it one of this host's?") from exc
+    except OSError as exc:
+        if exc.errno in (errno.EADDRINUSE, errno.EACCES):
+            return False
+        if address == "::" and exc.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # no IPv6 here: nobody has it
+            return True
+        raise LauncherError(f"cannot use address {address}: {exc.strerror}", "Is it one of this host's?") from exc
     return True
 
 
@@ -154,7 +154,7 @@ def _kept(first: int, last: int) -> PortBusyError:
 def _locked() -> set[tuple[int, int]]:
     """What launchers keep in this network namespace, this one included."""
     spans = set()
-    for line in Path("/proc/net/unix").read_text().splitlines():
+    for line in Path("/proc/net/unix").read_text(errors="replace").splitlines():
         _, mark, span = line.partition(f"@{_LOCK}")
         first, dash, last = span.partition("-")
         if mark and dash and first.isdigit() and last.isdigit():

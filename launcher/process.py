@@ -8,6 +8,7 @@ environment in /proc; the tag alone would miss them.)
 
 import asyncio
 import os
+import re
 import signal
 import sys
 from collections.abc import Collection, Iterable
@@ -17,11 +18,15 @@ from pathlib import Path
 import psutil
 
 from . import tether
+from .errors import LauncherError
 from .plan import Process
 
 RUN_TAG = "PD_LAUNCH_ID"
 NODE_TAG = "PD_LAUNCH_NODE"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  not ours to name
+_MADE_BY_AN_ENGINE = re.compile(r"(psm_\w+|sem\.mp-\w+|torch_\d+_\w+|pymp-\w+|nccl-\w+)\Z")
+"""By Python's multiprocessing, torch or NCCL. A model that lies in /dev/shm is mapped too, and is not ours."""
+_KILLED_WITHIN_S = 30.0
 
 
 class Child:
@@ -30,23 +35,26 @@ class Child:
     def __init__(self, spec: Process, process: asyncio.subprocess.Process) -> None:
         self.spec = spec
         self._process = process
+        self._is_gone = False
 
     @classmethod
     async def start(cls, spec: Process, run_id: str, folder: Path) -> "Child":
-        """Start it in `folder`, which must exist; its output goes to its log from the first byte."""
-        environment = {name: value for name, value in os.environ.items() if name not in spec.unset}
-        environment |= spec.environment | {RUN_TAG: run_id, NODE_TAG: spec.name}
+        """Start it in `folder`, which must exist; its output goes to its log from the first byte. Or LauncherError."""
+        environment = environment_of(spec) | {RUN_TAG: run_id, NODE_TAG: spec.name}
         tied = (sys.executable, "-I", "-S", tether.__file__, str(os.getpid()), *spec.command)
-        with spec.log.open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                *tied,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=asyncio.subprocess.STDOUT,
-                cwd=folder,
-                env=environment,
-                start_new_session=True,  # a Ctrl-C at the terminal is for the launcher, which stops all in order
-            )
+        try:
+            with spec.log.open("ab") as log:
+                process = await asyncio.create_subprocess_exec(
+                    *tied,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=asyncio.subprocess.STDOUT,
+                    cwd=folder,
+                    env=environment,
+                    start_new_session=True,  # a Ctrl-C at the terminal is for the launcher, which stops all in order
+                )
+        except OSError as exc:
+            raise LauncherError(f"cannot start {spec.name}: {exc}", f"Its log would be {spec.log}") from exc
         return cls(spec, process)
 
     @property
@@ -65,30 +73,44 @@ class Child:
         """SIGTERM to the root, which knows how to stop the rest; after `timeout_s` SIGKILL to the whole group."""
         with suppress(ProcessLookupError):
             self._process.terminate()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._process.wait()
-                await self._group_is_gone()
-        self.kill()
-        await self._process.wait()
-        await self._group_is_gone()
+        for patience_s in (timeout_s, _KILLED_WITHIN_S):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(patience_s):
+                    await self._process.wait()
+                    await self._group_is_gone()
+                return
+            self.kill()
 
     async def stop_what_is_left(self, timeout_s: float) -> None:
         """Of a tree whose root has died: SIGTERM to all of it, and SIGKILL only to what does not go.
 
         Python's resource tracker outlives the others by a moment, and takes their semaphores out of /dev/shm.
         """
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGTERM)
+        self._signal(signal.SIGTERM)
         await self.stop(timeout_s)
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
+
+    @property
+    def is_gone(self) -> bool:
+        """All of its group has ended; by now the number may be another's."""
+        return self._is_gone
+
+    def _signal(self, number: signal.Signals) -> None:
+        if not self._is_gone:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, number)
 
     async def _group_is_gone(self) -> None:
         while _is_alive(self.pid):
             await asyncio.sleep(0.1)
+        self._is_gone = True
+
+
+def environment_of(spec: Process) -> dict[str, str]:
+    """The launcher's own, as the plan changes it."""
+    return {name: value for name, value in os.environ.items() if name not in spec.unset} | spec.environment
 
 
 def exit_in_words(code: int) -> str:
@@ -153,8 +175,9 @@ def remove_unmapped(files: Iterable[Path]) -> list[Path]:
 
 
 def _mapped(pid: int) -> set[Path]:
-    paths = (line.split(maxsplit=5)[-1].strip() for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
-    return {Path(path) for path in paths if path.startswith(f"{_SHARED_MEMORY}/") and not path.endswith("(deleted)")}
+    maps = Path(f"/proc/{pid}/maps").read_text(errors="replace")
+    paths = (Path(line.split(maxsplit=5)[-1].strip()) for line in maps.splitlines())
+    return {path for path in paths if path.parent == _SHARED_MEMORY and _MADE_BY_AN_ENGINE.match(path.name)}
 
 
 def _is_alive(group: int) -> bool:

@@ -32,6 +32,13 @@ class _Step:
         return time.monotonic() - self.started
 
 
+class Screen(Console):
+    """A console whose end, a closed terminal or pipe, is not the end of what it shows."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Progress:
     """Steps that run now; finished ones are printed and stay."""
 
@@ -70,7 +77,8 @@ class Progress:
         self._print(escape(text))
 
     def _print(self, markup: str) -> None:
-        self.console.print(markup, highlight=False, soft_wrap=True)
+        with suppress(OSError):  # the terminal has gone, or the disk is full: that ends nothing
+            self.console.print(markup, highlight=False, soft_wrap=True)
 
     async def _redraw(self) -> None:
         with Live(console=self.console, auto_refresh=False, transient=True) as live:

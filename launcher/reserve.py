@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from . import facts, ports, setup
+from . import facts, ports, private, setup
 from .config import LaunchConfig, PortRange, flag_of
 from .errors import ConfigError, PortBusyError
 from .facts import HostFacts
@@ -54,7 +54,7 @@ class LockFile(BaseModel):
         return cls(config=config.model_copy(update=same), seats=seats, versions=versions)
 
     def write(self, folder: Path) -> None:
-        (folder / _FILE).write_text(self.model_dump_json(indent=1) + "\n")
+        private.write(folder / _FILE, self.model_dump_json(indent=1) + "\n")
 
     def repeated(self, flags: Mapping[str, Any], file: Path | None) -> LaunchConfig:
         """The run's configuration, its logs elsewhere. Raises ConfigError for flags that would change anything else."""

@@ -1,5 +1,7 @@
 """What is known of a run from outside of it: its folder, whether it is alive, its state, what it left behind."""
 
+import fcntl
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -8,10 +10,9 @@ from typing import Literal
 
 import platformdirs
 import psutil
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from . import logs, process
+from . import private, process
 from .errors import ConfigError
 from .facts import APPLICATION
 
@@ -45,6 +46,8 @@ class RunState(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     id: str
+    machine: str
+    """Where its process numbers mean something: this boot of this host, in this process namespace."""
     launcher: int
     phase: Literal["starting", "ready", "stopping", "stopped"]
     engine: str
@@ -55,9 +58,19 @@ class RunState(BaseModel):
     control: Path
     began: float
     written: float
+    stops_within_s: float
     proven: str | None = None
     """What the run's own first request proved: how many of its prompt's tokens moved."""
     children: tuple[ChildState, ...]
+
+
+def this_machine() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+
+
+class NoRunError(ConfigError):
+    """There is none that could be meant."""
 
 
 class RunFolder:
@@ -65,36 +78,60 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(path / _LOCK)
+        self._lock: int | None = None
 
     def claim(self) -> None:
-        """Until this process ends. Raises ConfigError."""
+        """Until this process ends, and where `known` finds it. Raises ConfigError."""
         try:
-            self._lock.acquire(timeout=1)
-        except Timeout:
+            lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            raise ConfigError(f"cannot use {self.path} for a run: {exc.strerror}", "Choose another --run-dir") from exc
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
             raise ConfigError(
                 f"another run uses {self.path}", f"`pd-launch stop --run-dir {self.path}`, or choose another --run-dir"
             ) from None
+        self._lock = lock
+        self._register()
 
     def release(self) -> None:
-        self._lock.release()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _register(self) -> None:
+        """A run with a folder of its own is to be found without being named, too."""
+        if self.path.parent == folder():
+            return
+        link = folder() / f"elsewhere-{hashlib.sha256(str(self.path).encode()).hexdigest()[:12]}"
+        with suppress(OSError):
+            link.parent.mkdir(parents=True, exist_ok=True)
+            for old in link.parent.glob("elsewhere-*"):
+                if not old.exists():  # that run's folder has been removed
+                    old.unlink()
+            link.unlink(missing_ok=True)
+            link.symlink_to(self.path)
 
     @property
     def is_alive(self) -> bool:
-        if not (self.path / _LOCK).exists():
+        """Whether a launcher holds it. Looking does not disturb one that wants to."""
+        try:
+            lock = os.open(self.path / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
             return False
         try:
-            with FileLock(self.path / _LOCK, timeout=0):
-                return False
-        except Timeout:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
             return True
+        finally:
+            os.close(lock)
+        return False
 
     def write(self, state: RunState) -> None:
-        """Whole or not at all, and for this user only."""
-        unfinished = self.path / f"{_STATE}.unfinished"
-        unfinished.touch(mode=0o600)
-        unfinished.write_text(state.model_dump_json(indent=1))
-        unfinished.rename(self.path / _STATE)
+        """Raises OSError."""
+        private.write(self.path / _STATE, state.model_dump_json(indent=1))
 
     def read(self) -> RunState | None:
         """None when there is none, or an older version's."""
@@ -103,10 +140,11 @@ class RunFolder:
         return None
 
     def clear(self) -> None:
-        """What an earlier run in the same folder wrote would be taken for this one's."""
-        for log in (*self.path.glob("*.log"), *self.path.glob("*.log.*")):
-            if log.name != logs.OF_THE_LAUNCHER:
-                log.unlink()
+        """The logs of an earlier run here would be taken for this one's. Nothing else in the folder is touched."""
+        earlier = self.read()
+        for child in earlier.children if earlier else ():
+            for log in (child.log, *child.log.parent.glob(f"{child.log.name}.[0-9]")):
+                log.unlink(missing_ok=True)
         (self.path / _STATE).unlink(missing_ok=True)
 
 
@@ -117,7 +155,7 @@ def folder() -> Path:
 
 def known() -> list[RunFolder]:
     """Newest last."""
-    found = [path for path in folder().glob("*") if (path / _STATE).exists()]
+    found = {path.resolve() for path in folder().glob("*") if (path / _STATE).exists()}
     return [RunFolder(path) for path in sorted(found, key=lambda path: (path / _STATE).stat().st_mtime)]
 
 
@@ -128,8 +166,10 @@ def choose(run_dir: Path | None, *, alive: bool = False) -> RunFolder:
     """
     if run_dir is not None:
         run = RunFolder(run_dir.expanduser().absolute())
-        if run.read() is None or (alive and not run.is_alive):
-            raise ConfigError(f"no run {'is alive ' if alive else ''}in {run.path}")
+        if run.read() is None:
+            raise ConfigError(f"no run is known in {run.path}")
+        if alive and not run.is_alive:
+            raise NoRunError(f"the run in {run.path} is over")
         return run
     living = [run for run in known() if run.is_alive]
     if len(living) > 1:
@@ -137,22 +177,20 @@ def choose(run_dir: Path | None, *, alive: bool = False) -> RunFolder:
         raise ConfigError(f"{len(living)} runs are alive; say which:\n{listed}")
     found = living or ([] if alive else known()[-1:])
     if not found:
-        raise ConfigError(
-            f"no run {'is alive' if alive else 'is known'} in {folder()}", "Name another's with --run-dir"
-        )
+        raise NoRunError(f"no run {'is alive' if alive else 'is known'} in {folder()}", "Name another's with --run-dir")
     return found[0]
 
 
 def left_behind(state: RunState) -> list[psutil.Process]:
     """Processes of a run whose launcher has gone, by ownership: the run's tag, or the session of one of its children.
 
-    A session's number may be another's by now: only processes as old as the run are taken.
+    A session's number may be another's by now: only processes as old as that child are taken.
     """
-    sessions = {child.pid for child in state.children if child.pid is not None}
+    since = {child.pid: child.since for child in state.children if child.pid is not None}
     return [
         one
-        for one in process.members(state.id, sessions)
-        if state.began - _TAKES_S <= one.create_time() <= state.written + _TAKES_S or _has_tag(one, state.id)
+        for one in process.members(state.id, since.keys())
+        if _has_tag(one, state.id) or since.get(os.getsid(one.pid), 0) - _TAKES_S <= one.create_time() <= state.written
     ]
 
 
@@ -162,11 +200,14 @@ def _has_tag(one: psutil.Process, run_id: str) -> bool:
     return False
 
 
-def remains() -> Iterator[tuple[RunFolder, RunState, list[psutil.Process]]]:
-    """Runs that are over and still have processes."""
+def remains() -> Iterator[tuple[RunFolder, RunState, list[psutil.Process], list[Path]]]:
+    """Runs of this machine that are over and were not cleaned up: what still runs, and what still lies about."""
     for run in known():
         state = run.read()
-        if state is not None and state.launcher != os.getpid() and not run.is_alive:
-            left = left_behind(state)
-            if left:
-                yield run, state, left
+        if state is None or state.machine != this_machine() or run.is_alive:
+            continue
+        left = left_behind(state)
+        files = [file for child in state.children for file in child.shared_memory if file.exists()]
+        files += [state.temporary] if state.temporary.exists() else []
+        if left or (files and state.phase != "stopped"):
+            yield run, state, left, files

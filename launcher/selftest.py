@@ -8,7 +8,6 @@
 
 import asyncio
 import json
-import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from .config import LaunchConfig
 from .errors import KVNotMovedError, LauncherError
 from .plan import NodeProcess, Plan
 from .ports import Locks
+from .process import environment_of as process_environment
 from .progress import Progress, tail
 from .runs import RunFolder
 from .supervisor import Supervisor
@@ -111,8 +111,8 @@ async def _stage(stage: _Stage) -> AsyncIterator[None]:
         yield
     except LauncherError as exc:
         raise stage.failed(exc) from exc
-    except httpx.HTTPError as exc:
-        raise stage.failed(LauncherError(f"{exc!r}")) from exc
+    except (httpx.HTTPError, TimeoutError) as exc:
+        raise stage.failed(LauncherError(f"nothing came back in time, or the connection broke: {exc!r}")) from exc
 
 
 # -- 1: the transfer engines alone
@@ -122,7 +122,7 @@ async def _transfer(config: LaunchConfig, plan: Plan) -> float:
     """Seconds for `_BYTES`, from the prefill node's place to the decode node's, which is the way KV goes."""
     prefill = next(node for node in plan.nodes if node.role is Role.PREFILL)
     decode = next(node for node in plan.nodes if node.role is Role.DECODE)
-    protocol = "rdma" if "rdma" in " ".join(prefill.command) else "tcp"
+    protocol = "rdma" if '"mooncake_protocol":"rdma"' in " ".join(prefill.command) else "tcp"
     log = plan.run_dir / "transfer.log"
     async with asyncio.timeout(_PROBE_S), _probe(decode, log, "receive", config.host, protocol) as receiver:
         there = await _told(receiver, log)
@@ -146,7 +146,7 @@ async def _probe(node: NodeProcess, log: Path, what: str, *arguments: Any) -> As
         process = await asyncio.create_subprocess_exec(
             node.command[0], str(program), what, host, protocol, str(_BYTES), *peer,
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=errors,
-            env={**os.environ, **node.environment, "TMPDIR": str(log.parent)},
+            env=process_environment(node) | {"TMPDIR": str(log.parent)},
         )  # fmt: skip
     try:
         yield process

@@ -110,9 +110,10 @@ async def logs(console: Console, files: Sequence[Path], tail: int | None, *, fol
         prefix = Text.from_markup(prefixes.get(line.log, ""))
         console.print(prefix + Text(line.text), highlight=False, soft_wrap=True)
 
-    news = log_files.follow(files) if follow else None
-    for line in deque(log_files.time_line(files), tail):
+    places = log_files.ends(files)
+    history = log_files.time_line(files)
+    for line in history if tail is None else deque(history, tail):
         show(line)
-    if news is not None:
-        async for line in news:
+    if follow:
+        async for line in log_files.follow(files, places):
             show(line)

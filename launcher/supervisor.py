@@ -26,7 +26,7 @@ from .ports import Hold, Locks, busy_ports
 from .process import Child
 from .progress import Progress, last_line
 from .reserve import survey
-from .runs import ChildState, RunFolder, RunState
+from .runs import ChildState, RunFolder, RunState, this_machine
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _FIRST_PAUSE_S = 1.0
@@ -36,6 +36,8 @@ _DEATHS_COUNT_FOR_S = 600.0
 _NOTE_EVERY_S = 5.0
 _MOST_MOVES = 3
 _DRAIN_S = 30.0
+_STOPS_WITHIN_S = 60.0
+"""... beside the time that every group of nodes is given."""
 
 Phase = Literal["starting", "ready", "stopping", "stopped"]
 
@@ -46,7 +48,7 @@ class _Life:
 
     spec: Process
     child: Child | None = None
-    state: Literal["starting", "ready", "draining", "ended", "given up"] = "starting"
+    state: Literal["starting", "ready", "ended", "given up"] = "starting"
     since: float = 0.0
     restarts: int = 0
     log_begins: int = 0
@@ -119,6 +121,7 @@ class Supervisor:
     async def start_nodes(self) -> None:
         """Services, then all nodes side by side. Raises LauncherError, with what the logs say of it."""
         async with self._explaining(), self._progress.shown():
+            self._make_temporary()
             self._write_files()
             await self._start_services()
             await self._start_nodes()
@@ -135,6 +138,16 @@ class Supervisor:
             yield
         except LauncherError as exc:
             raise self._explained(exc) from None
+
+    def _make_temporary(self) -> None:
+        """Of this user only, and empty: a killed run may have left one. Raises LauncherError."""
+        folder = self._plan.temporary
+        try:
+            if folder.exists() and folder.stat().st_uid == os.getuid() and not folder.is_symlink():
+                shutil.rmtree(folder)
+            folder.mkdir(mode=0o700)
+        except OSError as exc:
+            raise LauncherError(f"cannot make the folder {folder}: {exc.strerror}", "Is it somebody else's?") from exc
 
     def _write_files(self) -> None:
         for name, text in self._plan.files.items():
@@ -231,7 +244,7 @@ class Supervisor:
         life.log_begins = spec.log.stat().st_size if spec.log.exists() else 0
         life.hold = Hold(spec.ports)
         folder = self._plan.temporary / spec.name
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)  # in a folder that is this user's only
         life.child = await Child.start(spec, self._run_id, folder)
         self._write_state()
         return life
@@ -273,6 +286,7 @@ class Supervisor:
         state = RunState(
             id=self._run_id, launcher=os.getpid(), phase=self._phase, engine=plan.engine, connector=plan.connector,
             model=plan.served_model_name, proxy_url=plan.proxy_url, temporary=plan.temporary, control=self._control,
+            machine=this_machine(), stops_within_s=4 * self._config.stop_timeout_s + _STOPS_WITHIN_S,
             began=self._began, written=time.time(), proven=self._proven, children=children,
         )  # fmt: skip
         with suppress(OSError):  # a full disk: the run goes on
@@ -291,6 +305,14 @@ class Supervisor:
         """As it is carried out: nodes may have moved to other ports."""
         return self._plan
 
+    async def _ask_for_proof(self) -> None:
+        console = self._progress.console
+        try:
+            result = await proof.prove(self._plan, lambda text: console.out(text, end="", highlight=False))
+        except httpx.HTTPError as exc:
+            raise LauncherError(f"the first request broke off: {exc!r}", f"Logs: {self._plan.run_dir}") from exc
+        self._proven = f"{result.transferred} of {result.prompt_tokens} prompt tokens"
+
     async def _prove(self) -> None:
         console = self._progress.console
         console.print()
@@ -298,10 +320,9 @@ class Supervisor:
         console.print("[bold]answered[/]  ", end="")
         try:
             async with self._explaining():
-                result = await proof.prove(self._plan, lambda text: console.out(text, end="", highlight=False))
+                await self._unless_a_node_dies(self._ask_for_proof())
         finally:
             console.print()
-        self._proven = f"{result.transferred} of {result.prompt_tokens} prompt tokens"
         console.print(
             f"[bold]KV moved[/]  {self._proven} went from prefill to decode (counted by the decode node)",
             highlight=False,
@@ -373,6 +394,14 @@ class Supervisor:
             await asyncio.sleep(pause_s)
             failed_starts = 0 if await self._start_again(life) else failed_starts + 1
 
+    async def _end(self, life: _Life) -> None:
+        """At once, and nothing of it is left."""
+        if life.child is not None:
+            self._note_shared_memory(life)
+            await life.child.stop(0)
+        await self._clear_away(life)
+        life.state = "ended"
+
     async def _clear_away(self, life: _Life) -> None:
         """What is left of a life holds ports and memory."""
         if life.hold is not None:
@@ -388,13 +417,15 @@ class Supervisor:
         while True:
             for life in tuple(self._lives.values()):
                 self._note_shared_memory(life)
-                logs.turn_over(life.spec.log)
+                with suppress(OSError):
+                    if logs.turn_over(life.spec.log):
+                        life.log_begins = 0
             self._write_state()
             await asyncio.sleep(_NOTE_EVERY_S)
 
     def _note_shared_memory(self, life: _Life) -> None:
         """A node that is killed leaves its shared memory behind, and then nobody can tell whose it was."""
-        if life.child is not None:
+        if life.child is not None and not life.child.is_gone:
             life.shared_memory |= process.shared_memory(process.of_session(life.child.pid))
 
     def _may_restart(self, life: _Life) -> bool:
@@ -407,19 +438,15 @@ class Supervisor:
         life.restarts += 1
         try:
             if isinstance(life.spec, NodeProcess):
-                before = life.spec
-                await self._brought_up(before)
-                if life.spec is not before:
-                    self._write_topology()
+                await self._brought_up(life.spec)
+                self._write_topology()
             else:
                 await self._spawn(life.spec)
                 await readiness.proxy_listens(life.running, self._plan, self._config.ready_timeout_s)
                 self._is_ready(life)
         except LauncherError as exc:
             self._progress.say(f"{exc}\n{exc.hint}")
-            if life.child is not None:
-                await life.child.stop(0)
-            await self._clear_away(life)
+            await self._end(life)
             return False
         self._progress.say(f"{name} is ready again.")
         return True
@@ -447,12 +474,13 @@ class Supervisor:
 
     async def _command(self, command: dict[str, Any], say: Say) -> None:
         """What comes over the control socket. Raises LauncherError."""
-        if command["do"] == "restart":
-            await self._restart(str(command["node"]), say)
-        elif command["do"] == "scale":
-            await self._scale({role: command.get(role.value) for role in Role}, say)
-        else:
-            raise ConfigError(f"unknown command {command['do']!r}")
+        match command:
+            case {"do": "restart", "node": str(name)}:
+                await self._restart(name, say)
+            case {"do": "scale", "prefill": int() | None as prefill, "decode": int() | None as decode}:
+                await self._scale({Role.PREFILL: prefill, Role.DECODE: decode}, say)
+            case _:
+                raise ConfigError(f"unknown command {command!r}")
 
     async def _restart(self, name: str, say: Say) -> None:
         life = self._lives.get(name)
@@ -460,13 +488,12 @@ class Supervisor:
             names = ", ".join(name for name, life in self._lives.items() if life.role != "service")
             raise ConfigError(f"no node {name!r} to start again", f"There are: {names}")
         await self._retire(life, say)
-        if not await self._start_again(life):
-            life.state = "given up"
-            self._write_state()
-            raise LauncherError(f"{name} did not start again", f"Its log is {life.spec.log}")
+        is_back = await self._start_again(life)
         self._draining.discard(name)
         self._write_topology()
-        self._keep(life)
+        self._keep(life)  # which tries on, if that makes sense
+        if not is_back:
+            raise LauncherError(f"{name} did not start again; trying on", f"Its log is {life.spec.log}")
         say(f"{name} is ready again.")
 
     async def _scale(self, wanted: dict[Role, int | None], say: Say) -> None:
@@ -475,13 +502,19 @@ class Supervisor:
                 continue
             if number < 1:
                 raise ConfigError(f"a run needs at least one {role} node")
-            nodes = [node for node in self._plan.nodes if node.role is role]
-            for node in nodes[number:]:
-                await self._remove(self._lives[node.name], say)
+            for life in self._lives_of(role):
+                if life.state == "given up":
+                    await self._remove(life, say)
+            nodes = self._lives_of(role)
+            for life in nodes[number:]:
+                await self._remove(life, say)
             for _ in range(number - len(nodes)):
                 await self._add(role, say)
             if len(nodes) == number:
                 say(f"{number} {role} nodes: nothing to do.")
+
+    def _lives_of(self, role: Role) -> list[_Life]:
+        return [self._lives[node.name] for node in self._plan.nodes if node.role is role]
 
     async def _add(self, role: Role, say: Say) -> None:
         node = another_node(self._plan, self._config, survey(self._config), role)
@@ -491,26 +524,26 @@ class Supervisor:
         try:
             life = await self._brought_up(node)
         except LauncherError as exc:
-            life = self._lives.pop(node.name)
-            if life.child is not None:
-                await life.child.stop(0)
-            self._plan = self._plan.without(node.name)
-            self._locks.give_back(life.spec.ports)
-            raise self._explained(exc) from exc
+            explained = self._explained(exc)
+            await self._forget(self._lives[node.name])
+            raise explained from exc
         self._write_topology()
         self._keep(life)
         say(f"{node.name} is ready.")
 
     async def _remove(self, life: _Life, say: Say) -> None:
         await self._retire(life, say)
-        name = life.spec.name
-        del self._lives[name]
-        self._draining.discard(name)
-        self._plan = self._plan.without(name)
-        self._locks.give_back(life.spec.ports)
+        await self._forget(life)
         self._write_topology()
+        say(f"{life.spec.name} has gone.")
+
+    async def _forget(self, life: _Life) -> None:
+        await self._end(life)
+        del self._lives[life.spec.name]
+        self._draining.discard(life.spec.name)
+        self._plan = self._plan.without(life.spec.name)
+        self._locks.give_back(life.spec.ports)
         self._write_state()
-        say(f"{name} has gone.")
 
     async def _retire(self, life: _Life, say: Say) -> None:
         """Stop a child that is no longer to be kept, once nobody waits for it."""
@@ -522,9 +555,11 @@ class Supervisor:
             self._draining.add(life.spec.name)
             self._write_topology()
             self._write_state()
-            with suppress(TimeoutError):
+            try:
                 async with asyncio.timeout(_DRAIN_S):
                     await self._until_idle(life.spec)
+            except TimeoutError:
+                say(f"{life.spec.name} is still at work after {_DRAIN_S:g} s.")
         say(f"Stopping {life.spec.name}.")
         self._note_shared_memory(life)
         await life.running.stop(self._config.stop_timeout_s)
@@ -537,10 +572,10 @@ class Supervisor:
             while True:
                 with suppress(httpx.HTTPError, KeyError, ValueError):
                     health = (await client.get(f"{self._plan.proxy_url}/health")).json()
-                    mine = next(entry for entry in health["nodes"] if entry["name"] == node.name)
+                    mine = [entry for entry in health["nodes"] if entry["name"] == node.name]
                     gauges = vllm.gauges((await client.get(f"{node.url}/metrics")).text)
-                    busy = mine["usable"] or mine["in_flight"] or gauges.running or gauges.waiting or gauges.kv_usage
-                    if not busy:
+                    told = bool(mine) and not mine[0]["usable"] and not mine[0]["in_flight"]
+                    if told and not (gauges.running or gauges.waiting or gauges.kv_usage):
                         return
                 await asyncio.sleep(0.2)
 
@@ -550,7 +585,8 @@ class Supervisor:
         """Proxy, decode, prefill: nobody is asked for work by something that has already gone."""
         self._progress.say("Stopping: proxy, decode nodes, prefill nodes. Ctrl-C again kills them at once.")
         self._enter("stopping")
-        sessions = {life.child.pid for life in self._lives.values() if life.child is not None}
+        alive = [life.child for life in self._lives.values() if life.child is not None and not life.child.is_gone]
+        sessions = {child.pid for child in alive}
         files = process.shared_memory(process.members(self._run_id, sessions))
         files = files.union(*(life.shared_memory for life in self._lives.values()))
         for group in self._stop_order():
@@ -582,12 +618,13 @@ class Supervisor:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        for number in _SIGNALS:
+        heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
+        for number in heard:
             loop.add_signal_handler(number, self._on_signal)
         try:
             yield
         finally:
-            for number in _SIGNALS:
+            for number in heard:
                 loop.remove_signal_handler(number)
 
     def _on_signal(self) -> None:

@@ -41,6 +41,11 @@ class Up:
         wait_until(lambda: text in self.output or self.process.poll() is not None, text, patience_s)
         assert text in self.output, self.output
 
+    @property
+    def temporary(self) -> Path:
+        """The folder of its sockets and the like."""
+        return Path(json.loads((self.run_dir / "state.json").read_text())["temporary"])
+
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
@@ -65,7 +70,7 @@ def up(tmp_path: Path, *flags: str, nodes: int = 2) -> Iterator[Up]:
     command = [*PD_LAUNCH, "up", "--run-dir", str(tmp_path / "run"), *ports, *flags]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "XDG_STATE_HOME": str(tmp_path / "state")},
     )  # fmt: skip
     run = Up(process, tmp_path / "run", f"http://127.0.0.1:{ports[-1]}")
     reader = threading.Thread(target=_read, args=(run,), daemon=True)

@@ -45,5 +45,5 @@ def _up(folder: Path, *flags: str, nodes: int) -> Iterator[Up]:
     alive = [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert alive == []
     assert set(os.listdir("/dev/shm")) <= shared_before  # noqa: PTH208
-    assert not list(Path("/tmp").glob(f"pdl-{run.run_dir.name}*"))
+    assert not run.temporary.exists()
     assert "Killed what was left" not in run.output

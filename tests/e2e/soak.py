@@ -26,7 +26,9 @@ from tests.launched import Up, up
 from tests.processes import ROOT, metric, wait_until
 
 SECONDS = float(os.environ.get("SOAK_S", "1800"))
-CLIENTS = 4
+CLIENTS = 2
+THINK_S = (0.5, 2)
+"""Between two requests of a client: two cores that are busy for ever would not let a node come back."""
 BACK_WITHIN_S = 600
 PROMPTS = [f"Prompt number {number} of a long soak on real engines. " * (2 + number) for number in range(6)]
 
@@ -96,6 +98,7 @@ def ask_for_ever(soak: Soak, seed: int) -> None:
             ask(soak, chance)
         except Exception as exc:  # noqa: BLE001  whatever it is, it is wrong
             soak.wrong.append(repr(exc))
+        time.sleep(chance.uniform(*THINK_S))
 
 
 def node_process(soak: Soak, name: str) -> psutil.Process:

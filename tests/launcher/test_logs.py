@@ -37,7 +37,7 @@ def test_following_gives_whole_lines_as_they_come_and_survives_turning_over(tmp_
         got: list[str] = []
 
         async def read() -> None:
-            async for line in logs.follow([file]):
+            async for line in logs.follow([file], logs.ends([file])):
                 got.append(line.text)
                 if len(got) == 3:
                     return

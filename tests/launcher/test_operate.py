@@ -91,6 +91,10 @@ def test_nodes_come_and_go_while_it_serves(run: Run) -> None:
     assert run.ask().headers["x-pd-path"] == "disaggregated"
     assert "at least one prefill" in run.do("scale", "--prefill", "0", code=2)
     assert "no free port is left" in run.do("scale", "--decode", "9", code=3)
+    run.do("scale", "--decode", "2")  # 9 has left as many as there was room for
+    assert "nothing to do" in run.do("scale", "--decode", "2")
+    assert "decode-1 has gone." in run.do("scale", "--decode", "1")  # at once: the proxy hardly knows it yet
+    assert run.status()["health"] == "ok"
 
 
 def test_a_node_and_the_proxy_are_started_again_when_asked(run: Run) -> None:
@@ -101,6 +105,24 @@ def test_a_node_and_the_proxy_are_started_again_when_asked(run: Run) -> None:
         wait_until(lambda: run.ask().headers.get("x-pd-path") == "disaggregated", "hand-offs to go on")
     assert "no node 'decode-7'" in run.do("restart", "decode-7", code=2)
     assert run.status()["phase"] == "ready"
+
+
+def test_a_run_elsewhere_is_found_without_being_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine.log").write_text("not of this run")
+    (elsewhere / "config.yaml").write_text("mine: too")
+    result = run_to_end(["up", "-d", *SIM, "--run-dir", str(elsewhere), *own_ports(2), "--env", "SECRET=canary-4711"])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "prefill-0" in run_to_end(["status"]).stdout
+    assert run_to_end(["stop"]).stdout.endswith("Stopped.\n")
+    assert run_to_end(["stop", "--run-dir", str(elsewhere)]).stdout == "Nothing is running.\n"
+    assert (elsewhere / "mine.log").read_text() == "not of this run"
+    assert (elsewhere / "config.yaml").read_text() == "mine: too"
+    told = [path for path in elsewhere.iterdir() if path.is_file() and "canary-4711" in path.read_text()]
+    assert {path.name for path in told} <= {"lock.json", ".detached"}
+    assert {path.stat().st_mode & 0o777 for path in told} == {0o600}
 
 
 def test_a_second_run_in_the_same_folder_is_refused(run: Run) -> None:

@@ -25,9 +25,11 @@ time.sleep(600)
 """
 MAPS = """
 import time
+import mmap, os
 from multiprocessing import shared_memory, resource_tracker
 memory = shared_memory.SharedMemory(create=True, size=4096)
 resource_tracker.unregister(memory._name, 'shared_memory')
+mapped = mmap.mmap(os.open('FOREIGN', os.O_RDWR), 1)
 print('up', memory.name, flush=True)
 time.sleep(600)
 """
@@ -124,7 +126,7 @@ def test_what_is_left_of_a_run_is_found_by_session_and_by_tag(tmp_path: Path) ->
 
 
 def test_shared_memory_of_a_killed_child_is_removed_and_nothing_elses(tmp_path: Path) -> None:
-    foreign = Path("/dev/shm") / f"pd-launch-test-{os.getpid()}"
+    foreign = Path("/dev/shm") / f"pd-launch-test-{os.getpid()}"  # mapped too, as a model that lies there is
     foreign.write_bytes(b"x")
 
     async def act(started: Child) -> tuple[Path, list[Path]]:
@@ -137,7 +139,7 @@ def test_shared_memory_of_a_killed_child_is_removed_and_nothing_elses(tmp_path: 
         return file, process.remove_unmapped(files)
 
     try:
-        file, removed = run(tmp_path, MAPS, act)
+        file, removed = run(tmp_path, MAPS.replace("FOREIGN", str(foreign)), act)
         assert removed == [file]
         assert foreign.exists()
     finally:

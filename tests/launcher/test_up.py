@@ -12,8 +12,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.launched import Up, own_ports, run_to_end, up
-from tests.processes import PATIENCE_S, free_port, free_range, metric, wait_until
+from tests.launched import PD_LAUNCH, Up, own_ports, run_to_end, up
+from tests.processes import PATIENCE_S, ROOT, free_port, free_range, metric, wait_until
 
 SIM = ("--engine", "sim", "--model", "tiny")
 COMMANDS = ("up", "plan", "check", "test", "status", "stop", "restart", "scale", "logs", "doctor", "clean", "setup")
@@ -62,7 +62,7 @@ def test_a_signal_takes_all_down_in_order_and_leaves_nothing(tmp_path: Path, num
         assert alive(children) == []
     assert "Stopping: proxy, decode nodes, prefill nodes" in run.output
     assert set(os.listdir("/dev/shm")) <= shared  # noqa: PTH208
-    assert not list(Path("/tmp").glob(f"pdl-{run.run_dir.name}*"))
+    assert not run.temporary.exists()
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{run.url}/health")
 
@@ -304,3 +304,19 @@ def test_the_self_test_stops_at_the_first_stage_that_fails_and_says_what_that_pr
     assert "cannot be greater than max_model_len=8" in result.stderr
     assert "The transfer engines work by themselves" in result.stderr
     assert "proxy" not in [path.stem for path in (tmp_path / "run").glob("*.log")]
+
+
+def test_a_screen_that_has_gone_is_not_the_end_of_the_order(tmp_path: Path) -> None:
+    """`pd-launch up | tee`, and a Ctrl-C that ends the reader too."""
+    command = [*PD_LAUNCH, "up", *SIM, "--run-dir", str(tmp_path / "run"), *own_ports(2)]
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        while "Ready:" not in process.stdout.readline():
+            pass
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE_S) == 0
+        assert alive(children) == []
+    assert json.loads((tmp_path / "run" / "state.json").read_text())["phase"] == "stopped"
