@@ -67,9 +67,9 @@ def test_a_real_engine_that_does_not_start_is_explained_by_its_true_cause(tmp_pa
     assert doctor["causes"][0]["id"] == "max-model-len-too-big"
 
 
-def test_the_staged_self_test_passes_on_real_engines(tmp_path: Path) -> None:
-    flags = ["--config", str(ROOT / "examples" / "cpu-1p1d.yaml"), "--run-dir", str(tmp_path / "run"), *own_ports(2)]
-    result = run_to_end(["test", *flags], patience_s=900)
+def test_the_staged_self_test_passes_on_two_real_prefill_nodes_and_a_decode_node(tmp_path: Path) -> None:
+    flags = ["--config", str(ROOT / "examples" / "cpu-1p1d.yaml"), "--run-dir", str(tmp_path / "run"), *own_ports(3)]
+    result = run_to_end(["test", "--prefill", "2", *flags], patience_s=900)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "MB arrived as they were sent" in result.stdout
     assert "ports are the planned ones" in result.stdout
