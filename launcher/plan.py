@@ -15,7 +15,20 @@ from engines.connectors import ConnectorName
 from .config import TINY_MODEL, LaunchConfig
 from .errors import ConfigError
 from .facts import HostFacts
-from .seats import ANY, Frozen, Port, Room, Seat, check_ranges, devices_a_node, has_store, seat_for, seats_of
+from .seats import (
+    ANY,
+    Frozen,
+    Port,
+    Room,
+    Seat,
+    check_ranges,
+    devices_a_node,
+    has_store,
+    seat_for,
+    seats_of,
+    store_client_ports_drawn,
+    transfer_ports_drawn,
+)
 
 UNPINNED_PORTS = (
     "prefill nodes: one ephemeral port a device for the hand-off's side channel (ZMQ), dialled by decode nodes",
@@ -196,15 +209,18 @@ def _node(config: LaunchConfig, facts: HostFacts, seat: Seat, run_dir: Path, tem
 
 
 def _ports(config: LaunchConfig, seat: Seat) -> Iterator[Port]:
+    workers = max(1, len(seat.devices))
     yield Port(purpose="api", first=seat.http_port, last=seat.http_port, bind=config.host)
     if seat.bootstrap_port is not None:  # vLLM binds it on every address, whatever the node's own
         yield Port(purpose="bootstrap", first=seat.bootstrap_port, last=seat.bootstrap_port, bind=ANY)
     if config.engine == "vllm":
         first, last = seat.transfer_ports
-        yield Port(purpose="transfer", first=first, last=last, bind=ANY)  # so does the transfer engine
+        drawn = transfer_ports_drawn(config, workers)
+        yield Port(purpose="transfer", first=first, last=last, bind=ANY, needed=drawn)  # so does the transfer engine
     if seat.store_client_ports is not None:
         first, last = seat.store_client_ports
-        yield Port(purpose="store client", first=first, last=last, bind=ANY)
+        drawn = store_client_ports_drawn(workers)
+        yield Port(purpose="store client", first=first, last=last, bind=ANY, needed=drawn)
 
 
 def _services(config: LaunchConfig, facts: HostFacts, run_dir: Path, rpc: int) -> Iterator[Process]:

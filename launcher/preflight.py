@@ -13,20 +13,12 @@ from typing import Literal
 import psutil
 from packaging.version import InvalidVersion, Version
 
-from engines.mooncake import PORTS_PER_TRANSFER_ENGINE
-
 from . import setup
 from .config import TINY_MODEL, LaunchConfig, flag_of
 from .errors import LauncherError, PortBusyError, PreflightError
-from .plan import NodeProcess, Plan, is_local_path
+from .plan import Plan, is_local_path
 from .ports import Busy, busy_ports
 from .seats import Port
-
-_SPARE_TRANSFER_PORTS = 2
-"""The transfer engine draws ports at random; a few more than it needs keep it from drawing in vain."""
-
-_DRAWN_FROM = ("transfer", "store client")
-"""Slices from which a node draws a port that is free; every other port is the only one of its kind."""
 
 _FLAG_OF_PURPOSE = {
     "api": "http_ports",
@@ -337,14 +329,13 @@ def _own_name_resolves_to() -> str | None:
 def _ports(plan: Plan) -> Iterator[Finding]:
     problems = []
     for process in plan.processes:
-        devices = len(process.devices) if isinstance(process, NodeProcess) else 0
         for port in process.ports:
             try:
                 busy = busy_ports(port)
             except LauncherError as exc:
                 yield _error(f"{process.name}: {exc}", "", exc.hint)
                 continue
-            if busy and _hurts(port, busy, devices):
+            if port.last - port.first + 1 - len(busy) < port.needed:
                 problems.append(f"{process.name}: {_in_words(port, busy)}")
             yield from _used_by_others(process.name, port)
     if problems:
@@ -364,16 +355,8 @@ def _used_by_others(name: str, port: Port) -> Iterator[Finding]:
             return
 
 
-def _hurts(port: Port, busy: list[Busy], devices: int) -> bool:
-    """A transfer engine tries further ports of its slice; every other child has just the one."""
-    if port.purpose not in _DRAWN_FROM:
-        return True
-    free = port.last - port.first + 1 - len(busy)
-    return free < PORTS_PER_TRANSFER_ENGINE * max(1, devices) + _SPARE_TRANSFER_PORTS
-
-
 def _in_words(port: Port, busy: list[Busy]) -> str:
-    if port.purpose not in _DRAWN_FROM:
+    if port.first == port.last:
         return f"{port.purpose} port {port.first} on {port.bind} is taken by {busy[0].holder}"
     size = port.last - port.first + 1
     return f"{len(busy)} of the {size} {port.purpose} ports {port} are taken, {busy[0].port} by {busy[0].holder}"

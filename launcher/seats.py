@@ -36,6 +36,8 @@ class Port(Frozen):
     last: int
     bind: str
     """The address the child will bind, which is the one to check."""
+    needed: int = 1
+    """How many of them must be free: a child draws from a slice, and takes its only port."""
 
     def __str__(self) -> str:
         return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
@@ -102,10 +104,9 @@ def seats_of(config: LaunchConfig, room: Room) -> Iterator[Seat]:
 def seat_for(config: LaunchConfig, room: Room, name: str, role: Role, devices: tuple[str, ...]) -> Seat:
     workers = max(1, len(devices))
     slice_size = config.transfer_ports_per_node * workers
-    engines = 2 if config.connector == "MultiConnector" else 1  # each child connector has a transfer engine of its own
-    drawn = PORTS_PER_TRANSFER_ENGINE * engines * workers + _SPARE_PORTS if config.engine == "vllm" else 0
-    transfer = room.take("transfer_ports", slice_size, drawn)
-    client = room.take("store_client_ports", _STORE_CLIENT_PORTS, workers + _SPARE_PORTS) if has_store(config) else None
+    transfer = room.take("transfer_ports", slice_size, transfer_ports_drawn(config, workers))
+    clients = store_client_ports_drawn(workers)
+    client = room.take("store_client_ports", _STORE_CLIENT_PORTS, clients) if has_store(config) else None
     has_bootstrap = role is Role.PREFILL and CONNECTORS[config.connector].has_bootstrap
     return Seat(
         name=name,
@@ -116,6 +117,16 @@ def seat_for(config: LaunchConfig, room: Room, name: str, role: Role, devices: t
         store_client_ports=(client, client + _STORE_CLIENT_PORTS - 1) if client is not None else None,
         devices=devices,
     )
+
+
+def transfer_ports_drawn(config: LaunchConfig, workers: int) -> int:
+    """How many ports of its slice must be free for a node. The simulator draws none."""
+    engines = 2 if config.connector == "MultiConnector" else 1  # each child connector has a transfer engine of its own
+    return PORTS_PER_TRANSFER_ENGINE * engines * workers + _SPARE_PORTS if config.engine == "vllm" else 0
+
+
+def store_client_ports_drawn(workers: int) -> int:
+    return workers + _SPARE_PORTS
 
 
 def ranges_of(config: LaunchConfig) -> tuple[Port, ...]:

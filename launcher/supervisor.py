@@ -497,11 +497,11 @@ class Supervisor:
         say(f"{name} is ready again.")
 
     async def _scale(self, wanted: dict[Role, int | None], say: Say) -> None:
-        for role, number in wanted.items():
-            if number is None:
-                continue
+        numbers = {role: number for role, number in wanted.items() if number is not None}
+        for role, number in numbers.items():  # all of it or nothing
             if number < 1:
                 raise ConfigError(f"a run needs at least one {role} node")
+        for role, number in numbers.items():
             for life in self._lives_of(role):
                 if life.state == "given up":
                     await self._remove(life, say)

@@ -89,7 +89,8 @@ def test_nodes_come_and_go_while_it_serves(run: Run) -> None:
     assert "decode-1 has gone." in run.do("scale", "--decode", "1")
     assert run.names() == ["decode-0", "prefill-0", "proxy"]
     assert run.ask().headers["x-pd-path"] == "disaggregated"
-    assert "at least one prefill" in run.do("scale", "--prefill", "0", code=2)
+    assert "at least one decode" in run.do("scale", "--prefill", "2", "--decode", "0", code=2)
+    assert "prefill-1" not in run.names()
     assert "no free port is left" in run.do("scale", "--decode", "9", code=3)
     run.do("scale", "--decode", "2")  # 9 has left as many as there was room for
     assert "nothing to do" in run.do("scale", "--decode", "2")

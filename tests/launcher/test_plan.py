@@ -249,3 +249,12 @@ def test_one_node_can_have_flags_of_its_own() -> None:
     for wrong in ("--b", "decode=--b", "decode-1=--port=1"):
         with pytest.raises(ConfigError, match="node_args"):
             plan(node_args=[wrong])
+
+
+def test_a_slice_knows_how_many_of_its_ports_must_be_free() -> None:
+    def needed(**flags: Any) -> dict[str, int]:
+        return {port.purpose: port.needed for port in plan(**flags).nodes[0].ports}
+
+    assert needed() == {"api": 1, "bootstrap": 1, "transfer": 4}
+    assert needed(connector="MultiConnector") == {"api": 1, "bootstrap": 1, "transfer": 6, "store client": 3}
+    assert needed(device="cuda", devices="0,1,2,3")["transfer"] == 6
