@@ -17,9 +17,10 @@ SOAK_S ?= 1800
 soak: .venv/installed
 	@SOAK_S=$(SOAK_S) $(BIN)/pytest -s tests/proxy/test_soak.py
 
-# The same on two and two real nodes, whose processes are killed and stopped in turn (16 GB of memory).
+# A death at each stage of a request on real nodes; then the soak on two and two, whose processes are killed and stopped
+# in turn (16 GB of memory).
 soak-real: engine
-	@SOAK_S=$(SOAK_S) $(BIN)/pytest -s tests/e2e/soak.py
+	@SOAK_S=$(SOAK_S) $(BIN)/pytest -s tests/e2e/stages.py tests/e2e/soak.py
 
 # Without real engines: seconds instead of minutes.
 test-quick: .venv/installed

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -42,10 +42,18 @@ class Soak:
     run: Up
     told: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
+    """What each prompt is answered with when nothing else happens: greedy, so never anything else."""
     done: threading.Event = field(default_factory=threading.Event)
 
     def health(self) -> dict[str, Any]:
         return {node["name"]: node for node in httpx.get(f"{self.run.url}/health", timeout=30).json()["nodes"]}
+
+    def check(self, body: dict[str, Any], text: str, headers: Mapping[str, str]) -> None:
+        if text != self.texts[body["prompt"]]:
+            way, number = headers["x-pd-path"], headers["x-request-id"]
+            at = f"{time.strftime('%H:%M:%S')} {number} ({way})"
+            self.wrong.append(f"{at}: {text!r} to prompt {PROMPTS.index(body['prompt'])}")
 
     def until_well(self) -> None:
         wait_until(lambda: all(node["usable"] for node in self.health().values()), "every node", BACK_WITHIN_S)
@@ -54,8 +62,8 @@ class Soak:
 @pytest.fixture
 def soak(tmp_path: Path) -> Iterator[Soak]:
     flags = ["--config", str(ROOT / "examples" / "cpu-1p1d.yaml"), "--prefill", "2", "--decode", "2"]
-    limits = {"--decode-silence-timeout-s": "20", "--prefill-timeout-s": "60"}
-    flags += [f"--proxy-args={part}" for pair in limits.items() for part in pair]
+    proxy = "--decode-silence-timeout-s 20 --prefill-timeout-s 60 --log-requests"
+    flags += [f"--proxy-args={part}" for part in proxy.split()]
     with up(tmp_path, *flags, nodes=4) as run:
         run.until("Ready:", 1800)
         yield Soak(run)
@@ -63,9 +71,13 @@ def soak(tmp_path: Path) -> Iterator[Soak]:
     assert "Killed what was left" not in run.output
 
 
+def asked(prompt: str) -> dict[str, Any]:
+    return {"model": "tiny", "prompt": prompt, "max_tokens": 24, "temperature": 0}
+
+
 def ask(soak: Soak, chance: random.Random) -> None:
     """One request: whole, streamed, or left early. Any error but a clear one is wrong."""
-    body: dict[str, Any] = {"model": "tiny", "prompt": chance.choice(PROMPTS), "max_tokens": 24, "temperature": 0}
+    body = asked(chance.choice(PROMPTS))
     kind = chance.choice(["whole", "stream", "stream", "left"])
     url = f"{soak.run.url}/v1/completions"
     if kind == "left":
@@ -75,7 +87,7 @@ def ask(soak: Soak, chance: random.Random) -> None:
         answer = httpx.post(url, json=body, timeout=900)
         if answer.is_success:
             kind = "answered"
-            assert answer.json()["usage"]["completion_tokens"] > 0
+            soak.check(body, answer.json()["choices"][0]["text"], answer.headers)
         else:
             assert answer.status_code in (429, 502, 503, 504), answer.text
             assert answer.json()["error"]["message"]
@@ -83,9 +95,12 @@ def ask(soak: Soak, chance: random.Random) -> None:
     else:
         client = openai.OpenAI(base_url=f"{soak.run.url}/v1", api_key="none", max_retries=0, timeout=900)
         try:
-            chunks = list(client.completions.create(**body, stream=True, stream_options={"include_usage": True}))
+            options: Any = {"stream": True, "stream_options": {"include_usage": True}}
+            raw = client.completions.with_raw_response.create(**body, **options)
+            chunks: list[Any] = list(raw.parse())
             assert chunks[-1].usage is not None
             kind = "streamed"
+            soak.check(body, "".join(choice.text for chunk in chunks for choice in chunk.choices), raw.headers)
         except (openai.APIError, httpx.RemoteProtocolError):
             kind = "stream ended with an error"
     soak.told[kind] += 1
@@ -139,6 +154,9 @@ def held(soak: Soak) -> float:
 
 def test_real_nodes_come_back_from_everything_and_nothing_is_left(soak: Soak) -> None:
     proxy = psutil.Process(node_process(soak, "proxy").pid)
+    for prompt in PROMPTS:
+        answer = httpx.post(f"{soak.run.url}/v1/completions", json=asked(prompt), timeout=900)
+        soak.texts[prompt] = answer.json()["choices"][0]["text"]
     clients = [threading.Thread(target=ask_for_ever, args=(soak, seed)) for seed in range(CLIENTS)]
     until = time.monotonic() + SECONDS
     for client in clients:
@@ -165,7 +183,7 @@ def test_real_nodes_come_back_from_everything_and_nothing_is_left(soak: Soak) ->
         for client in clients:
             client.join()
     print(f"told: {dict(soak.told)}; proxy RSS MB: {[round(rss / 1e6) for rss in memory]}")  # noqa: T201
-    assert soak.wrong == []
+    assert not soak.wrong, "\n".join(soak.wrong)
     assert soak.told["answered"] + soak.told["streamed"] > 0
     for series in ("pd_requests_in_flight", "pd_releases_pending", "pd_node_in_flight"):
         wait_until(lambda series=series: metric(soak.run.url, series) == 0, series, 300)  # type: ignore[misc]
