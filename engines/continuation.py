@@ -35,25 +35,27 @@ _ONE_EVENT = re.compile(
 _REMEMBERED_READS = 8
 _DEFAULT_COMPLETION_TOKENS = 16
 
-_CANNOT = (
-    "tools",
-    "functions",
-    "response_format",
-    "structured_outputs",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "logprobs",
-    "top_logprobs",
-    "prompt_logprobs",
-    "echo",
-    "suffix",
-    "stop",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "thinking_token_budget",
+_CANNOT = frozenset(
+    {
+        "tools",
+        "functions",
+        "response_format",
+        "structured_outputs",
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+        "logprobs",
+        "top_logprobs",
+        "prompt_logprobs",
+        "echo",
+        "suffix",
+        "stop",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "thinking_token_budget",
+    }
 )
 """Fields whose meaning depends on what was generated before, or whose output has a place in the whole."""
 
@@ -85,7 +87,7 @@ def can_be_continued(route: Route, body: JSONObject) -> bool:
     if not isinstance(options, dict) or options.get("continuous_usage_stats"):
         return False
     shows_all = body.get("include_reasoning", True) is True  # else a node with a reasoning parser tells no token ids
-    return shows_all and not any(body.get(field) for field in _CANNOT)
+    return shows_all and not any(body[field] for field in _CANNOT & body.keys())
 
 
 class SentTokens:

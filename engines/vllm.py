@@ -79,9 +79,23 @@ def arguments(launch: Launch) -> list[str]:
         args += ["--max-model-len", str(launch.max_model_len)]
     if launch.device == "cpu":
         args += ["--enforce-eager"]  # compiling takes longer on a CPU than it ever gives back
+    if _may_be_written_to_late(launch):
+        args += ["--no-enable-prefix-caching"]
     if len(launch.devices) > 1:
         args += ["--tensor-parallel-size", str(len(launch.devices))]
     return args + list(launch.extra_args)
+
+
+def _may_be_written_to_late(launch: Launch) -> bool:
+    """Whether KV can still come in over TCP for a request whose transfer was given up.
+
+    The sender gives up after 30 s (MC_TRANSFER_TIMEOUT), but what it has written may wait in the decode node's socket
+    buffers, until Mooncake's thread comes to read them. vLLM meanwhile computes the prompt again, into the same blocks
+    in another order (block_pool.py, `free_blocks`): the late KV overwrites it, and from a prefix cache it would be
+    answered from for ever after. Seen on a live pair, and made at will by delaying that one thread.
+    """
+    pulls = launch.connector in ("MooncakeConnector", "MultiConnector")
+    return launch.role is Role.DECODE and pulls and launch.protocol == "tcp"
 
 
 def _kv_transfer_config(launch: Launch) -> JSONObject:

@@ -7,7 +7,7 @@ priority, and among equals each client key in turn, so that one busy client does
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from .config import ProxySettings
 from .errors import OverloadedError
@@ -25,9 +25,9 @@ class Admission:
         self._has_room = has_room
         self.inside = 0
         self.waiting = 0
-        self._queues: dict[int, OrderedDict[str, deque[asyncio.Future[None]]]] = {}
+        self._queues: dict[int, OrderedDict[Hashable, deque[asyncio.Future[None]]]] = {}
 
-    async def enter(self, key: str, priority: int, timeout_s: float) -> None:
+    async def enter(self, key: Hashable, priority: int, timeout_s: float) -> None:
         """Take a place, to be given back by `leave`. A lower `priority` goes first (as in vLLM).
 
         Raises OverloadedError when the queue is full, or no place comes free in time.
@@ -83,7 +83,7 @@ class Admission:
             del self._queues[priority]
         return place
 
-    def _forget(self, priority: int, key: str, place: "asyncio.Future[None]") -> None:
+    def _forget(self, priority: int, key: Hashable, place: "asyncio.Future[None]") -> None:
         self.waiting -= 1
         keys = self._queues.get(priority)
         if keys is None or key not in keys or place not in keys[key]:

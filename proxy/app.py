@@ -1,7 +1,6 @@
 """Routes, and the one place where an error becomes an HTTP answer."""
 
 import asyncio
-import hashlib
 import logging
 import math
 import re
@@ -303,7 +302,7 @@ class _Generation:
             request_id,
             headers,
             timeout_s,
-            client=hashlib.sha256(client.header(b"authorization") or b"").hexdigest()[:16],
+            client=client.header(b"authorization") or b"",
             priority=_priority(body, client.header(b"x-vllm-priority")),
         )
 

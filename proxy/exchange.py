@@ -91,7 +91,7 @@ class Request:
     """Those of the client's headers that the nodes get, the request id among them."""
     timeout_s: float
     """For all of it, queue and attempts included."""
-    client: str = ""
+    client: bytes = b""
     """Whose it is: each client gets its turn when requests must wait."""
     priority: int = 0
     """A lower one goes first."""

@@ -209,8 +209,13 @@ class Pool:
 
         True also when none is usable: to say so is not the door's part.
         """
-        nodes = [node for node in self._nodes[Role.DECODE] if node.usable]
-        return not nodes or any(self._limits.leave_room(node) for node in nodes)
+        some_are_usable = False
+        for node in self._nodes[Role.DECODE]:
+            if node.usable:
+                if self._limits.leave_room(node):
+                    return True
+                some_are_usable = True
+        return not some_are_usable
 
     def has(self, role: Role) -> bool:
         """One usable node at least."""

@@ -55,7 +55,6 @@ def kv_in_use(run: Up) -> float:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("ask", [complete, chat])
 def test_the_pairs_answer_is_the_prefill_nodes_own_and_its_kv_was_moved(real_pair: Up, ask: Any, stream: bool) -> None:
-    # Words of its own at the very beginning: what the decode node has in its own prefix cache is not moved again.
     own = f"{ask.__name__} {stream} "
     asked = {"prompt": own + PROMPT} if ask is complete else {"messages": [{"role": "user", "content": own}, *MESSAGES]}
     before = transferred(real_pair)
@@ -66,6 +65,16 @@ def test_the_pairs_answer_is_the_prefill_nodes_own_and_its_kv_was_moved(real_pai
     assert (usage.prompt_tokens, usage.completion_tokens) == (usage_alone.prompt_tokens, usage_alone.completion_tokens)
     wait_until(lambda: transferred(real_pair) >= before + usage.prompt_tokens, "the decode node to count the transfer")
     assert transferred(real_pair) == before + usage.prompt_tokens
+
+
+def test_a_prompt_is_moved_whole_every_time_and_never_taken_from_the_decode_nodes_own_cache(real_pair: Up) -> None:
+    """What came in late over TCP may be in there: see engines/vllm.py."""
+    before = transferred(real_pair)
+    answers = [complete(real_pair.url, stream=False, prompt="Twice the same. " + PROMPT) for _ in range(2)]
+    tokens = answers[0][1].prompt_tokens
+    assert answers[0][0] == answers[1][0]
+    wait_until(lambda: transferred(real_pair) >= before + 2 * tokens, "the decode node to count both transfers")
+    assert transferred(real_pair) == before + 2 * tokens
 
 
 def test_up_has_shown_an_answer_and_how_much_kv_moved(real_pair: Up) -> None:

@@ -50,6 +50,16 @@ def test_the_kv_configuration_is_one_argument_of_valid_json() -> None:
     assert config["kv_load_failure_policy"] == "recompute"
 
 
+@pytest.mark.parametrize("connector", ["MooncakeConnector", "MultiConnector"])
+def test_a_decode_node_that_pulls_over_tcp_keeps_no_prefix_cache(connector: Any) -> None:
+    """KV that comes in late would stay in it; RDMA's writes end with their queue pair."""
+    alone = "--no-enable-prefix-caching"
+    assert alone in vllm.arguments(launch(role=Role.DECODE, connector=connector))
+    assert alone not in vllm.arguments(launch(role=Role.DECODE, connector=connector, protocol="rdma"))
+    assert alone not in vllm.arguments(launch(role=Role.PREFILL, connector=connector))
+    assert alone not in vllm.arguments(launch(role=Role.DECODE, connector="MooncakeStoreConnector"))
+
+
 METRICS = """\
 # TYPE vllm:prompt_tokens_by_source counter
 vllm:prompt_tokens_by_source_total{engine="0",model_name="tiny",source="local_compute"} 28.0
