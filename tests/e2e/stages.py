@@ -67,7 +67,7 @@ def gated(real_trio: Up, tmp_path_factory: pytest.TempPathFactory) -> Iterator[G
         node["url"] = gates[node["name"]].url
     file = tmp_path_factory.mktemp("gated") / "topology.json"
     Path(file).write_text(json.dumps(topology))
-    with proxy_in_front_of(flags=["--topology", str(file)]) as proxy:
+    with proxy_in_front_of(flags=["--topology", str(file)], wait=False) as proxy:
         yield Gated(proxy, gates)
     for gate in gates.values():
         gate.close()
