@@ -80,7 +80,8 @@ def kv_transfer_config(role: Role, protocol: Protocol, *, on_cpu: bool) -> JSONO
     """The value of vLLM's `--kv-transfer-config`.
 
     `kv_load_failure_policy` "recompute": a transfer that fails becomes a slow right answer instead of an error
-    (vLLM's own default, "fail", is a 500, or in a stream a 200 whose first event is an error).
+    (vLLM's own default, "fail", is a 500, or in a stream a 200 whose first event is an error); over TCP only where the
+    decode node has no prefix cache, see `vllm.py`.
     `engine_id` is never set: it names one life of the process, and a decode node caches addresses by it.
     """
     config: JSONObject = {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.processes import ROOT, free_port, free_range, wait_until
+from tests.processes import ROOT, free_port, free_range, metric, wait_until
 
 PD_LAUNCH = (sys.executable, "-P", "-m", "launcher.cli")
 STOP_PATIENCE_S = 120
@@ -45,6 +45,16 @@ class Up:
     def temporary(self) -> Path:
         """The folder of its sockets and the like."""
         return Path(json.loads((self.run_dir / "state.json").read_text())["temporary"])
+
+    def kv_in_use(self) -> float:
+        """Summed over all nodes: the shares of KV blocks that are in use or held for a hand-off."""
+        urls = (*self.nodes("prefill"), *self.nodes("decode"))
+        return sum(metric(url, "vllm:kv_cache_usage_perc") for url in urls)
+
+    def child(self, name: str) -> psutil.Process:
+        """A node's own process, or the proxy's."""
+        children = psutil.Process(self.process.pid).children()
+        return next(child for child in children if child.environ().get("PD_LAUNCH_NODE") == name)
 
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)

@@ -116,11 +116,6 @@ def ask_for_ever(soak: Soak, seed: int) -> None:
         time.sleep(chance.uniform(*THINK_S))
 
 
-def node_process(soak: Soak, name: str) -> psutil.Process:
-    children = psutil.Process(soak.run.process.pid).children()
-    return next(child for child in children if child.environ().get("PD_LAUNCH_NODE") == name)
-
-
 def kill_one(word: str) -> Callable[[psutil.Process], None]:
     def kill(node: psutil.Process) -> None:
         inside = [child for child in node.children(recursive=True) if word in " ".join(child.cmdline())]
@@ -147,13 +142,8 @@ FAULTS = {
 }
 
 
-def held(soak: Soak) -> float:
-    urls = [*soak.run.nodes("prefill"), *soak.run.nodes("decode")]
-    return sum(metric(url, "vllm:kv_cache_usage_perc") for url in urls)
-
-
 def test_real_nodes_come_back_from_everything_and_nothing_is_left(soak: Soak) -> None:
-    proxy = psutil.Process(node_process(soak, "proxy").pid)
+    proxy = soak.run.child("proxy")
     for prompt in PROMPTS:
         answer = httpx.post(f"{soak.run.url}/v1/completions", json=asked(prompt), timeout=900)
         soak.texts[prompt] = answer.json()["choices"][0]["text"]
@@ -169,7 +159,7 @@ def test_real_nodes_come_back_from_everything_and_nothing_is_left(soak: Soak) ->
                 break
             restarts = soak.run.output.count("is ready again.")
             print(f"{time.strftime('%H:%M:%S')} {name}: {fault}  {dict(soak.told)}", flush=True)  # noqa: T201
-            strike(node_process(soak, name))
+            strike(soak.run.child(name))
             if "killed" in fault:
                 wait_until(
                     lambda seen=restarts: soak.run.output.count("is ready again.") > seen,  # type: ignore[misc]
@@ -187,4 +177,4 @@ def test_real_nodes_come_back_from_everything_and_nothing_is_left(soak: Soak) ->
     assert soak.told["answered"] + soak.told["streamed"] > 0
     for series in ("pd_requests_in_flight", "pd_releases_pending", "pd_node_in_flight"):
         wait_until(lambda series=series: metric(soak.run.url, series) == 0, series, 300)  # type: ignore[misc]
-    wait_until(lambda: held(soak) == 0, "all KV to be free", 300)
+    wait_until(lambda: soak.run.kv_in_use() == 0, "all KV to be free", 300)

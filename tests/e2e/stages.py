@@ -8,7 +8,6 @@ import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,7 +17,7 @@ from tests.gate import Gate, What
 from tests.launched import Up
 from tests.processes import Proxy, proxy_in_front_of, wait_until
 
-from .test_survival import Kill, kill_api_server, kill_engine_core, kv_in_use, node_process, until_all_are_well
+from .test_survival import Kill, kill_api_server, kill_engine_core, until_all_are_well
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -66,7 +65,7 @@ def gated(real_trio: Up, tmp_path_factory: pytest.TempPathFactory) -> Iterator[G
     for node in topology["nodes"]:
         node["url"] = gates[node["name"]].url
     file = tmp_path_factory.mktemp("gated") / "topology.json"
-    Path(file).write_text(json.dumps(topology))
+    file.write_text(json.dumps(topology))
     with proxy_in_front_of(flags=["--topology", str(file)], wait=False) as proxy:
         yield Gated(proxy, gates)
     for gate in gates.values():
@@ -101,7 +100,7 @@ def test_whoever_dies_the_answer_is_the_same(real_trio: Up, gated: Gated, stage:
     at = next(name for name, gate in gates.items() if gate.holds.is_set())
     name = at if at.startswith(stage.victim) else "prefill-0"
     restarts = real_trio.output.count(f"{name} is ready again.")
-    victim = node_process(real_trio, name)
+    victim = real_trio.child(name)
     stage.kill(victim)
     victim.wait(PATIENCE_S)
     for gate in gates.values():
@@ -110,4 +109,4 @@ def test_whoever_dies_the_answer_is_the_same(real_trio: Up, gated: Gated, stage:
     assert answers == [expected]
     wait_until(lambda: real_trio.output.count(f"{name} is ready again.") > restarts, f"{name} to come back", PATIENCE_S)
     gated.proxy.until_at_rest()
-    wait_until(lambda: kv_in_use(real_trio) == 0, "all KV to be free", PATIENCE_S)
+    wait_until(lambda: real_trio.kv_in_use() == 0, "all KV to be free", PATIENCE_S)

@@ -48,10 +48,6 @@ def transferred(run: Up) -> float:
     )
 
 
-def kv_in_use(run: Up) -> float:
-    return sum(metric(url, "vllm:kv_cache_usage_perc") for role in ("prefill", "decode") for url in run.nodes(role))
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("ask", [complete, chat])
 def test_the_pairs_answer_is_the_prefill_nodes_own_and_its_kv_was_moved(real_pair: Up, ask: Any, stream: bool) -> None:
@@ -109,7 +105,7 @@ def test_several_choices_are_answered_by_one_node_and_leave_no_kv_behind(real_pa
     )
     assert answer.headers["x-pd-path"] == "aggregated; reason=prompt-list"
     assert [choice.index for choice in answer.parse().choices] == [0, 1]
-    wait_until(lambda: kv_in_use(real_pair) == 0, "all KV to be free")
+    wait_until(lambda: real_pair.kv_in_use() == 0, "all KV to be free")
 
 
 def test_a_client_that_leaves_in_the_middle_leaves_no_kv_behind(real_pair: Up) -> None:
@@ -118,7 +114,7 @@ def test_a_client_that_leaves_in_the_middle_leaves_no_kv_behind(real_pair: Up) -
     )
     next(iter(stream))
     stream.close()
-    wait_until(lambda: kv_in_use(real_pair) == 0, "all KV to be free")
+    wait_until(lambda: real_pair.kv_in_use() == 0, "all KV to be free")
 
 
 BENCH = """
@@ -143,7 +139,7 @@ def test_vllms_own_load_generator_runs_clean(real_pair: Up) -> None:
     figures = dict(line.split(":") for line in result.stdout.splitlines() if line.count(":") == 1)
     assert int(figures["Successful requests"]) == 12
     assert int(figures["Failed requests"]) == 0
-    wait_until(lambda: kv_in_use(real_pair) == 0, "all KV to be free")
+    wait_until(lambda: real_pair.kv_in_use() == 0, "all KV to be free")
 
 
 def test_kv_that_a_refusal_left_behind_is_released(real_pair: Up) -> None:
@@ -154,7 +150,7 @@ def test_kv_that_a_refusal_left_behind_is_released(real_pair: Up) -> None:
     )
     assert answer.status_code == 400
     wait_until(lambda: metric(real_pair.url, "pd_releases_total", outcome="done") == done + 1, "the release")
-    wait_until(lambda: kv_in_use(real_pair) == 0, "the prefill node's KV to be free", patience_s=30)
+    wait_until(lambda: real_pair.kv_in_use() == 0, "the prefill node's KV to be free", patience_s=30)
 
 
 def test_the_proxy_has_proof_that_kv_moves(real_pair: Up) -> None:
@@ -180,4 +176,4 @@ def test_the_real_nodes_are_healthy_and_hold_nothing_in_the_end(real_pair: Up) -
     health = httpx.get(f"{real_pair.url}/health").json()
     assert health["status"] == "ok"
     assert [node["in_flight"] for node in health["nodes"]] == [0, 0]
-    wait_until(lambda: kv_in_use(real_pair) == 0, "all KV to be free")
+    wait_until(lambda: real_pair.kv_in_use() == 0, "all KV to be free")

@@ -38,12 +38,6 @@ def stop_all_of_it(node: psutil.Process) -> None:
         process.send_signal(signal.SIGSTOP)
 
 
-def node_process(run: Up, name: str) -> psutil.Process:
-    return next(
-        child for child in psutil.Process(run.process.pid).children() if child.environ().get("PD_LAUNCH_NODE") == name
-    )
-
-
 def health(run: Up) -> dict[str, Any]:
     return {node["name"]: node for node in httpx.get(f"{run.url}/health", timeout=30).json()["nodes"]}
 
@@ -83,7 +77,7 @@ def test_a_stream_outlives_its_decode_node_and_says_the_same(real_trio: Up, rout
     broken = stream(real_trio, route)
     chunks = [next(broken) for _ in range(5)]
     name = next(name for name, node in health(real_trio).items() if node["role"] == "decode" and node["in_flight"])
-    victim = node_process(real_trio, name)
+    victim = real_trio.child(name)
     kill(victim)
     chunks += list(broken)
     assert metric(real_trio.url, "pd_resumed_total", outcome="done") == resumed + 1
@@ -116,7 +110,7 @@ def test_requests_are_answered_while_the_prefill_node_dies_and_comes_back_with_a
     asking.start()
     try:
         wait_until(lambda: len(statuses) > 3, "some answers")
-        kill_api_server(node_process(real_trio, "prefill-0"))
+        kill_api_server(real_trio.child("prefill-0"))
         real_trio.until("prefill-0 is ready again.", RESTART_PATIENCE_S)
         until_all_are_well(real_trio)
         seen = len(statuses)
@@ -127,8 +121,4 @@ def test_requests_are_answered_while_the_prefill_node_dies_and_comes_back_with_a
     assert {status for status, _ in statuses} == {200}
     assert statuses[0][1] == statuses[-1][1] == "disaggregated"
     assert any(path.startswith("aggregated") for _, path in statuses)
-    wait_until(lambda: kv_in_use(real_trio) == 0, "all KV to be free", 120)
-
-
-def kv_in_use(run: Up) -> float:
-    return sum(metric(url, "vllm:kv_cache_usage_perc") for role in ("prefill", "decode") for url in run.nodes(role))
+    wait_until(lambda: real_trio.kv_in_use() == 0, "all KV to be free", 120)
