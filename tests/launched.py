@@ -10,13 +10,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
 
 from tests.processes import ROOT, free_port, free_range, metric, wait_until
 
 PD_LAUNCH = (sys.executable, "-P", "-m", "launcher.cli")
 STOP_PATIENCE_S = 120
+RESTART_PATIENCE_S = 600
 
 
 @dataclass
@@ -50,6 +53,14 @@ class Up:
         """Summed over all nodes: the shares of KV blocks that are in use or held for a hand-off."""
         urls = (*self.nodes("prefill"), *self.nodes("decode"))
         return sum(metric(url, "vllm:kv_cache_usage_perc") for url in urls)
+
+    def health(self) -> dict[str, Any]:
+        """What the proxy's /health says of each node, by its name."""
+        return {node["name"]: node for node in httpx.get(f"{self.url}/health", timeout=30).json()["nodes"]}
+
+    def until_well(self) -> None:
+        everyone = "all nodes to be used again"
+        wait_until(lambda: all(node["usable"] for node in self.health().values()), everyone, RESTART_PATIENCE_S)
 
     def child(self, name: str) -> psutil.Process:
         """A node's own process, or the proxy's."""

@@ -22,14 +22,13 @@ import openai
 import psutil
 import pytest
 
-from tests.launched import Up, up
+from tests.launched import RESTART_PATIENCE_S, Up, up
 from tests.processes import ROOT, metric, wait_until
 
 SECONDS = float(os.environ.get("SOAK_S", "1800"))
 CLIENTS = 2
 THINK_S = (0.5, 2)
 """Between two requests of a client: two cores that are busy for ever would not let a node come back."""
-BACK_WITHIN_S = 600
 PROMPTS = [f"Prompt number {number} of a long soak on real engines. " * (2 + number) for number in range(6)]
 
 pytestmark = pytest.mark.timeout(SECONDS + 3600)
@@ -46,17 +45,11 @@ class Soak:
     """What each prompt is answered with when nothing else happens: greedy, so never anything else."""
     done: threading.Event = field(default_factory=threading.Event)
 
-    def health(self) -> dict[str, Any]:
-        return {node["name"]: node for node in httpx.get(f"{self.run.url}/health", timeout=30).json()["nodes"]}
-
     def check(self, body: dict[str, Any], text: str, headers: Mapping[str, str]) -> None:
         if text != self.texts[body["prompt"]]:
             way, number = headers["x-pd-path"], headers["x-request-id"]
             at = f"{time.strftime('%H:%M:%S')} {number} ({way})"
             self.wrong.append(f"{at}: {text!r} to prompt {PROMPTS.index(body['prompt'])}")
-
-    def until_well(self) -> None:
-        wait_until(lambda: all(node["usable"] for node in self.health().values()), "every node", BACK_WITHIN_S)
 
 
 @pytest.fixture
@@ -164,9 +157,9 @@ def test_real_nodes_come_back_from_everything_and_nothing_is_left(soak: Soak) ->
                 wait_until(
                     lambda seen=restarts: soak.run.output.count("is ready again.") > seen,  # type: ignore[misc]
                     f"{name} to come back",
-                    BACK_WITHIN_S,
+                    RESTART_PATIENCE_S,
                 )
-            soak.until_well()
+            soak.run.until_well()
             memory.append(proxy.memory_info().rss)
     finally:
         soak.done.set()

@@ -17,7 +17,7 @@ from tests.gate import Gate, What
 from tests.launched import Up
 from tests.processes import Proxy, proxy_in_front_of, wait_until
 
-from .test_survival import Kill, kill_api_server, kill_engine_core, until_all_are_well
+from .test_survival import Kill, kill_api_server, kill_engine_core
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -86,7 +86,7 @@ def ask(url: str, prompt: str, *, stream: bool) -> str:
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys())
 def test_whoever_dies_the_answer_is_the_same(real_trio: Up, gated: Gated, stage: Stage) -> None:
-    until_all_are_well(real_trio)
+    real_trio.until_well()
     gated.proxy.until_usable(len(gated.gates))
     prompt = f"{stage} " + "A node may die at any moment, and nobody shall notice. " * 6
     expected = ask(real_trio.nodes("prefill")[0], prompt, stream=False)

@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -11,14 +12,13 @@ import openai
 import psutil
 import pytest
 
-from tests.launched import Up
+from tests.launched import RESTART_PATIENCE_S, Up
 from tests.processes import metric, wait_until
 
 pytestmark = pytest.mark.timeout(1200)
 
 PROMPT = "When a node dies in the middle of an answer, somebody must go on with it. " * 4
 TOKENS = 400
-RESTART_PATIENCE_S = 600
 Kill = Callable[[psutil.Process], None]
 
 
@@ -38,14 +38,11 @@ def stop_all_of_it(node: psutil.Process) -> None:
         process.send_signal(signal.SIGSTOP)
 
 
-def health(run: Up) -> dict[str, Any]:
-    return {node["name"]: node for node in httpx.get(f"{run.url}/health", timeout=30).json()["nodes"]}
-
-
-def until_all_are_well(run: Up) -> None:
-    wait_until(
-        lambda: all(node["usable"] for node in health(run).values()), "all nodes to be used again", RESTART_PATIENCE_S
-    )
+def wake(node: psutil.Process) -> None:
+    """Whether it was stopped or is dead: the tests that come after must not find it stopped."""
+    with suppress(psutil.NoSuchProcess):
+        for process in (node, *node.children(recursive=True)):
+            process.send_signal(signal.SIGCONT)
 
 
 def stream(run: Up, route: str) -> Any:
@@ -71,29 +68,29 @@ def text_of(chunk: Any) -> str:
     ids=["engine core killed", "all of it stopped"],
 )
 def test_a_stream_outlives_its_decode_node_and_says_the_same(real_trio: Up, route: str, kill: Kill) -> None:
-    until_all_are_well(real_trio)
+    real_trio.until_well()
     undisturbed = list(stream(real_trio, route))
     resumed = metric(real_trio.url, "pd_resumed_total", outcome="done")
     broken = stream(real_trio, route)
     chunks = [next(broken) for _ in range(5)]
-    name = next(name for name, node in health(real_trio).items() if node["role"] == "decode" and node["in_flight"])
+    name = next(name for name, node in real_trio.health().items() if node["role"] == "decode" and node["in_flight"])
     victim = real_trio.child(name)
     kill(victim)
-    chunks += list(broken)
+    try:
+        chunks += list(broken)
+    finally:
+        wake(victim)
     assert metric(real_trio.url, "pd_resumed_total", outcome="done") == resumed + 1
     assert "".join(map(text_of, chunks)) == "".join(map(text_of, undisturbed))
     assert chunks[-1].usage.completion_tokens == TOKENS
     assert chunks[-1].usage.prompt_tokens == undisturbed[-1].usage.prompt_tokens
-    if kill is stop_all_of_it:
-        for process in (victim, *victim.children(recursive=True)):
-            process.send_signal(signal.SIGCONT)
-    else:
+    if kill is not stop_all_of_it:
         real_trio.until(f"{name} is ready again.", RESTART_PATIENCE_S)
-    until_all_are_well(real_trio)
+    real_trio.until_well()
 
 
 def test_requests_are_answered_while_the_prefill_node_dies_and_comes_back_with_a_new_identity(real_trio: Up) -> None:
-    until_all_are_well(real_trio)
+    real_trio.until_well()
     statuses: list[tuple[int, str]] = []
     enough = threading.Event()
 
@@ -112,7 +109,7 @@ def test_requests_are_answered_while_the_prefill_node_dies_and_comes_back_with_a
         wait_until(lambda: len(statuses) > 3, "some answers")
         kill_api_server(real_trio.child("prefill-0"))
         real_trio.until("prefill-0 is ready again.", RESTART_PATIENCE_S)
-        until_all_are_well(real_trio)
+        real_trio.until_well()
         seen = len(statuses)
         wait_until(lambda: len(statuses) > seen + 5, "some answers", RESTART_PATIENCE_S)
     finally:
