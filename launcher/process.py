@@ -39,10 +39,11 @@ class Child:
 
     @classmethod
     async def start(cls, spec: Process, run_id: str, folder: Path) -> "Child":
-        """Start it in `folder`, which must exist; its output goes to its log from the first byte. Or LauncherError."""
+        """Start it in `folder`, its own; its output goes to its log from the first byte. Raises LauncherError."""
         environment = environment_of(spec) | {RUN_TAG: run_id, NODE_TAG: spec.name}
         tied = (sys.executable, "-I", "-S", tether.__file__, str(os.getpid()), *spec.command)
         try:
+            _make(folder)
             with spec.log.open("ab") as log:
                 process = await asyncio.create_subprocess_exec(
                     *tied,
@@ -106,6 +107,10 @@ class Child:
         while _is_alive(self.pid):
             await asyncio.sleep(0.1)
         self._is_gone = True
+
+
+def _make(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def environment_of(spec: Process) -> dict[str, str]:

@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +20,14 @@ from . import control, doctor, logs, process, proof, readiness
 from .config import LaunchConfig
 from .control import Say
 from .errors import ConfigError, InterruptedStart, LauncherError, NodeDiedError, PortBusyError
+from .life import Life
 from .plan import NodeProcess, Plan, Process, another_node, moved_node
-from .ports import Hold, Locks, busy_ports
+from .ports import Locks, busy_ports
 from .process import Child
 from .progress import Progress, last_line
+from .record import Record
 from .reserve import survey
-from .runs import ChildState, RunFolder, RunState, this_machine
+from .runs import RunFolder, RunState, this_machine
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _FIRST_PAUSE_S = 1.0
@@ -42,34 +43,6 @@ _STOPS_WITHIN_S = 60.0
 Phase = Literal["starting", "ready", "stopping", "stopped"]
 
 
-@dataclass(eq=False, slots=True)
-class _Life:
-    """A child of the plan, through its deaths."""
-
-    spec: Process
-    child: Child | None = None
-    state: Literal["starting", "ready", "ended", "given up"] = "starting"
-    since: float = 0.0
-    restarts: int = 0
-    log_begins: int = 0
-    """Where in its log this life begins."""
-    shared_memory: set[Path] = field(default_factory=set)
-    hold: Hold | None = None
-    kept: "asyncio.Task[None] | None" = None
-
-    @property
-    def role(self) -> str:
-        if isinstance(self.spec, NodeProcess):
-            return self.spec.role.value
-        return "proxy" if self.spec.name == "proxy" else "service"
-
-    @property
-    def running(self) -> Child:
-        if self.child is None:
-            raise LauncherError(f"{self.spec.name} has not been started")
-        return self.child
-
-
 class Supervisor:
     """Owns every child of a run, from the first to the last."""
 
@@ -77,12 +50,12 @@ class Supervisor:
         self._config = config
         self._plan = plan
         self._locks = locks
-        self._folder = folder
+        self._record = Record(folder, progress.say)
         self._progress = progress
         self._run_id = uuid.uuid4().hex
         self._began = time.time()
         self._phase: Phase = "starting"
-        self._lives: dict[str, _Life] = {}
+        self._lives: dict[str, Life] = {}
         self._draining: set[str] = set()
         self._proven: str | None = None
         self._stop_asked = asyncio.Event()
@@ -151,7 +124,10 @@ class Supervisor:
 
     def _write_files(self) -> None:
         for name, text in self._plan.files.items():
-            (self._plan.run_dir / name).write_text(text)
+            try:
+                (self._plan.run_dir / name).write_text(text)
+            except OSError as exc:
+                raise LauncherError(f"cannot write {name} in {self._plan.run_dir}: {exc.strerror}") from exc
 
     async def _start_services(self) -> None:
         for service in self._plan.services:
@@ -180,14 +156,14 @@ class Supervisor:
             all_ready.set()
         await readiness.before_it_ends(life.running, all_ready.wait(), None)
 
-    async def _brought_up(self, node: NodeProcess) -> _Life:
+    async def _brought_up(self, node: NodeProcess) -> Life:
         """A node that is ready; on other ports, should somebody have taken one of its own meanwhile."""
         for moves in range(_MOST_MOVES + 1):
             try:
                 life = await self._spawn(node)
                 await readiness.node_ready(life.running, node, self._config.ready_timeout_s)
             except (NodeDiedError, PortBusyError) as exc:
-                await self._clear_away(self._lives[node.name])
+                await self._lives[node.name].clear_away(self._config.stop_timeout_s)
                 thief = self._thief(node)
                 if thief is None or moves == _MOST_MOVES:
                     raise
@@ -237,30 +213,20 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(working, *ends, return_exceptions=True)
 
-    async def _spawn(self, spec: Process) -> _Life:
+    async def _spawn(self, spec: Process) -> Life:
         """Start a child, in its first life or a new one. Raises PortBusyError when a port of its is taken."""
-        life = self._lives.setdefault(spec.name, _Life(spec))
-        life.spec, life.state, life.since = spec, "starting", time.time()
-        life.log_begins = spec.log.stat().st_size if spec.log.exists() else 0
-        life.hold = Hold(spec.ports)
-        folder = self._plan.temporary / spec.name
-        folder.mkdir(parents=True, exist_ok=True)  # in a folder that is this user's only
-        life.child = await Child.start(spec, self._run_id, folder)
+        life = self._lives.setdefault(spec.name, Life(spec))
+        await life.begin(spec, self._run_id, self._plan.temporary / spec.name)  # in a folder that is this user's only
         self._write_state()
         return life
 
-    def _is_ready(self, life: _Life) -> None:
-        life.state = "ready"
-        if life.hold is not None:
-            life.hold.let_go()
+    def _is_ready(self, life: Life) -> None:
+        life.is_ready()
         self._write_state()
 
     def _write_topology(self) -> None:
-        """Whole or not at all: the proxy may read it at any moment."""
-        file = self._plan.topology_file
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(self._plan.topology(self._draining).model_dump_json(indent=2) + "\n")
-        unfinished.rename(file)
+        topology = self._plan.topology(self._draining)
+        self._record.topology(self._plan.topology_file, topology.model_dump_json(indent=2) + "\n")
 
     def _enter(self, phase: Phase) -> None:
         self._phase = phase
@@ -268,29 +234,15 @@ class Supervisor:
 
     def _write_state(self) -> None:
         plan = self._plan
-        children = tuple(
-            ChildState(
-                name=life.spec.name,
-                role=life.role,
-                state="draining" if life.spec.name in self._draining else life.state,
-                pid=life.child.pid if life.child else None,
-                since=life.since,
-                restarts=life.restarts,
-                url=life.spec.url if isinstance(life.spec, NodeProcess) else None,
-                ports=tuple(f"{port.purpose} {port}" for port in life.spec.ports),
-                log=life.spec.log,
-                shared_memory=tuple(sorted(life.shared_memory)),
-            )
-            for life in self._lives.values()
-        )
+        lives = self._lives.values()
+        children = tuple(life.described(draining=life.spec.name in self._draining) for life in lives)
         state = RunState(
             id=self._run_id, launcher=os.getpid(), phase=self._phase, engine=plan.engine, connector=plan.connector,
             model=plan.served_model_name, proxy_url=plan.proxy_url, temporary=plan.temporary, control=self._control,
             machine=this_machine(), stops_within_s=4 * self._config.stop_timeout_s + _STOPS_WITHIN_S,
             began=self._began, written=time.time(), proven=self._proven, children=children,
         )  # fmt: skip
-        with suppress(OSError):  # a full disk: the run goes on
-            self._folder.write(state)
+        self._record.state(state)
 
     @property
     def _control(self) -> Path:
@@ -361,7 +313,7 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(asked, notes, *kept, return_exceptions=True)
 
-    def _keep(self, life: _Life) -> None:
+    def _keep(self, life: Life) -> None:
         life.kept = asyncio.create_task(self._kept(life))
         life.kept.add_done_callback(self._keeping_ended)
 
@@ -370,7 +322,7 @@ class Supervisor:
         if error is not None and not self._failed.done():
             self._failed.set_exception(error)
 
-    async def _kept(self, life: _Life) -> None:
+    async def _kept(self, life: Life) -> None:
         """Start a child again whenever it ends, as long as that makes sense. Returns when it is given up for good.
 
         The proxy finds out by itself: a node gets no requests while it is down, and its new identity is asked for
@@ -390,49 +342,26 @@ class Supervisor:
                 return
             pause_s = min(_FIRST_PAUSE_S * 2 ** max(len(deaths) - 1, failed_starts), _LONGEST_PAUSE_S)
             self._progress.say(f"{error}\n{error.hint}\nStarting {life.spec.name} again in {pause_s:g} s.")
-            await self._clear_away(life)
+            await life.clear_away(self._config.stop_timeout_s)
+            self._write_state()
             await asyncio.sleep(pause_s)
             failed_starts = 0 if await self._start_again(life) else failed_starts + 1
-
-    async def _end(self, life: _Life) -> None:
-        """At once, and nothing of it is left."""
-        if life.child is not None:
-            self._note_shared_memory(life)
-            await life.child.stop(0)
-        await self._clear_away(life)
-        life.state = "ended"
-
-    async def _clear_away(self, life: _Life) -> None:
-        """What is left of a life holds ports and memory."""
-        if life.hold is not None:
-            life.hold.let_go()
-        if life.child is not None:
-            self._note_shared_memory(life)
-            await life.child.stop_what_is_left(self._config.stop_timeout_s)
-        process.remove_unmapped(life.shared_memory)
-        life.shared_memory.clear()
-        self._write_state()
 
     async def _note_for_ever(self) -> None:
         while True:
             for life in tuple(self._lives.values()):
-                self._note_shared_memory(life)
+                life.note_shared_memory()
                 with suppress(OSError):
                     if logs.turn_over(life.spec.log):
                         life.log_begins = 0
             self._write_state()
             await asyncio.sleep(_NOTE_EVERY_S)
 
-    def _note_shared_memory(self, life: _Life) -> None:
-        """A node that is killed leaves its shared memory behind, and then nobody can tell whose it was."""
-        if life.child is not None and not life.child.is_gone:
-            life.shared_memory |= process.shared_memory(process.of_session(life.child.pid))
-
-    def _may_restart(self, life: _Life) -> bool:
+    def _may_restart(self, life: Life) -> bool:
         """A service keeps what the nodes share: they would go on with nothing in it, and each must be told anew."""
         return self._config.restart and life.role != "service"
 
-    async def _start_again(self, life: _Life) -> bool:
+    async def _start_again(self, life: Life) -> bool:
         """Whether it became ready. One that did not has ended."""
         name = life.spec.name
         life.restarts += 1
@@ -446,12 +375,13 @@ class Supervisor:
                 self._is_ready(life)
         except LauncherError as exc:
             self._progress.say(f"{exc}\n{exc.hint}")
-            await self._end(life)
+            await life.end()
+            self._write_state()
             return False
         self._progress.say(f"{name} is ready again.")
         return True
 
-    def _go_on_without(self, life: _Life, error: LauncherError, deaths: int) -> None:
+    def _go_on_without(self, life: Life, error: LauncherError, deaths: int) -> None:
         """While a node of each role and the proxy are left. Raises LauncherError else."""
         life.state = "given up"
         self._write_state()
@@ -513,7 +443,7 @@ class Supervisor:
             if len(nodes) == number:
                 say(f"{number} {role} nodes: nothing to do.")
 
-    def _lives_of(self, role: Role) -> list[_Life]:
+    def _lives_of(self, role: Role) -> list[Life]:
         return [self._lives[node.name] for node in self._plan.nodes if node.role is role]
 
     async def _add(self, role: Role, say: Say) -> None:
@@ -531,21 +461,21 @@ class Supervisor:
         self._keep(life)
         say(f"{node.name} is ready.")
 
-    async def _remove(self, life: _Life, say: Say) -> None:
+    async def _remove(self, life: Life, say: Say) -> None:
         await self._retire(life, say)
         await self._forget(life)
         self._write_topology()
         say(f"{life.spec.name} has gone.")
 
-    async def _forget(self, life: _Life) -> None:
-        await self._end(life)
+    async def _forget(self, life: Life) -> None:
+        await life.end()
         del self._lives[life.spec.name]
         self._draining.discard(life.spec.name)
         self._plan = self._plan.without(life.spec.name)
         self._locks.give_back(life.spec.ports)
         self._write_state()
 
-    async def _retire(self, life: _Life, say: Say) -> None:
+    async def _retire(self, life: Life, say: Say) -> None:
         """Stop a child that is no longer to be kept, once nobody waits for it."""
         if life.kept is not None:
             life.kept.cancel()
@@ -561,10 +491,11 @@ class Supervisor:
             except TimeoutError:
                 say(f"{life.spec.name} is still at work after {_DRAIN_S:g} s.")
         say(f"Stopping {life.spec.name}.")
-        self._note_shared_memory(life)
+        life.note_shared_memory()
         await life.running.stop(self._config.stop_timeout_s)
-        await self._clear_away(life)
+        await life.clear_away(self._config.stop_timeout_s)
         life.state = "ended"
+        self._write_state()
 
     async def _until_idle(self, node: NodeProcess) -> None:
         """Nothing of the proxy's on it, nothing running, and no KV that a decode node will come for."""
@@ -598,8 +529,7 @@ class Supervisor:
         shutil.rmtree(self._plan.temporary, ignore_errors=True)
         for life in self._lives.values():
             life.state = "ended"
-            if life.hold is not None:
-                life.hold.let_go()
+            life.let_go()
         self._enter("stopped")
         self._progress.say(f"All stopped. Logs: {self._plan.run_dir}")
 

@@ -6,13 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
-from tests.launched import PD_LAUNCH, Up, own_ports, run_to_end, up
+from tests.launched import PD_LAUNCH, own_ports, run_to_end, up
 from tests.processes import PATIENCE_S, ROOT, free_port, free_range, metric, wait_until
 
 SIM = ("--engine", "sim", "--model", "tiny")
@@ -105,15 +106,11 @@ def test_a_node_that_never_gets_ready_is_given_up(tmp_path: Path) -> None:
     assert "was not ready after 0.05 s" in run.output
 
 
-def node_of(run: Up, name: str) -> psutil.Process:
-    return next(child for child in run.descendants() if child.environ().get("PD_LAUNCH_NODE") == name)
-
-
 def test_a_node_that_dies_is_started_again_and_used_in_its_new_life(tmp_path: Path) -> None:
     with up(tmp_path, *SIM) as run:
         run.until("Ready:", PATIENCE_S)
         for name in ("prefill-0", "decode-0"):
-            node_of(run, name).kill()
+            run.child(name).kill()
             run.until(f"{name} ended: killed by SIGKILL", PATIENCE_S)
             run.until(f"{name} is ready again.", PATIENCE_S)
             wait_until(lambda: httpx.get(f"{run.url}/health").json()["status"] == "ok", "the proxy to use it")
@@ -121,10 +118,37 @@ def test_a_node_that_dies_is_started_again_and_used_in_its_new_life(tmp_path: Pa
             assert answer.headers["x-pd-path"] == "disaggregated"
 
 
+def may_write_files(processes: Iterable[psutil.Process], *, may: bool) -> None:
+    """A disk that is full, for these processes and those they start from now on."""
+    for one in processes:
+        one.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY if may else 0, psutil.RLIM_INFINITY))
+
+
+def test_a_run_outlives_a_full_disk_and_starts_a_dead_node_again_meanwhile(tmp_path: Path) -> None:
+    with up(tmp_path, *SIM, "--prefill", "2", nodes=3) as run:
+        run.until("Ready:", PATIENCE_S)
+        launcher = psutil.Process(run.process.pid)
+        may_write_files((launcher, *run.descendants()), may=False)
+        run.until(f"cannot write to {run.run_dir}: File too large", PATIENCE_S)
+        run.child("decode-0").kill()
+        run.until("decode-0 is ready again.", PATIENCE_S)
+        run.until_well()
+        answer = httpx.post(f"{run.url}/v1/completions", json={"prompt": "hello"})
+        assert answer.headers["x-pd-path"] == "disaggregated"
+        gone = run.nodes("prefill")[1]
+        assert "has gone" in run_to_end(["scale", "--prefill", "1", "--run-dir", str(run.run_dir)]).stdout
+        assert gone in run.nodes("prefill")  # nobody could write it down
+        may_write_files((launcher, *run.descendants()), may=True)
+        run.until("can be written to again", PATIENCE_S)
+        assert gone not in run.nodes("prefill")
+        assert run.output.count("cannot write to") == 1
+        assert run.end() == 0
+
+
 def test_the_proxy_is_started_again_too(tmp_path: Path) -> None:
     with up(tmp_path, *SIM) as run:
         run.until("Ready:", PATIENCE_S)
-        node_of(run, "proxy").kill()
+        run.child("proxy").kill()
         run.until("proxy is ready again.", PATIENCE_S)
         wait_until(lambda: httpx.post(f"{run.url}/v1/completions", json={"prompt": "hello"}).is_success, "an answer")
 
@@ -134,7 +158,7 @@ def test_a_node_that_keeps_dying_is_given_up(tmp_path: Path) -> None:
     with up(tmp_path, *SIM, "--decode", "2", nodes=3) as run:
         run.until("Ready:", PATIENCE_S)
         address = run.nodes("decode")[1].removeprefix("http://").split(":")
-        node_of(run, "decode-1").kill()
+        run.child("decode-1").kill()
         run.until("Starting decode-1 again", PATIENCE_S)
         thief = wait_until(lambda: _listener((address[0], int(address[1]))), "the port")
         with thief:
