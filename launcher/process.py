@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,6 +27,7 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  not ours to name
 _MADE_BY_AN_ENGINE = re.compile(r"(psm_\w+|sem\.mp-\w+|torch_\d+_\w+|pymp-\w+|nccl-\w+)\Z")
 """By Python's multiprocessing, torch or NCCL. A model that lies in /dev/shm is mapped too, and is not ours."""
 _KILLED_WITHIN_S = 30.0
+_TRACKERS_END_WITHIN_S = 5.0
 
 
 class Child:
@@ -71,22 +72,27 @@ class Child:
         return await self._process.wait()
 
     async def stop(self, timeout_s: float) -> None:
-        """SIGTERM to the root, which knows how to stop the rest; after `timeout_s` SIGKILL to the whole group."""
+        """SIGTERM to the root, which knows how to stop the rest; after `timeout_s` SIGKILL to the whole group.
+
+        Python's resource trackers come last: they unlink the semaphores of the others, which nobody else knows of.
+        """
         with suppress(ProcessLookupError):
             self._process.terminate()
-        for patience_s in (timeout_s, _KILLED_WITHIN_S):
+        stages = (
+            (timeout_s, self._kill_all_but_trackers),
+            (_TRACKERS_END_WITHIN_S, self.kill),
+            (_KILLED_WITHIN_S, self.kill),
+        )
+        for patience_s, end in stages:
             with suppress(TimeoutError):
                 async with asyncio.timeout(patience_s):
                     await self._process.wait()
                     await self._group_is_gone()
                 return
-            self.kill()
+            end()
 
     async def stop_what_is_left(self, timeout_s: float) -> None:
-        """Of a tree whose root has died: SIGTERM to all of it, and SIGKILL only to what does not go.
-
-        Python's resource tracker outlives the others by a moment, and takes their semaphores out of /dev/shm.
-        """
+        """Of a tree whose root has died: SIGTERM to all of it, and SIGKILL only to what does not go."""
         self._signal(signal.SIGTERM)
         await self.stop(timeout_s)
 
@@ -103,8 +109,15 @@ class Child:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
 
+    def _kill_all_but_trackers(self) -> None:
+        if self._is_gone:
+            return
+        for one in _of_group(self.pid):
+            with suppress(psutil.Error, OSError):
+                one.send_signal(signal.SIGCONT if _is_tracker(one) else signal.SIGKILL)
+
     async def _group_is_gone(self) -> None:
-        while _is_alive(self.pid):
+        while any(_of_group(self.pid)):
             await asyncio.sleep(0.1)
         self._is_gone = True
 
@@ -185,10 +198,14 @@ def _mapped(pid: int) -> set[Path]:
     return {path for path in paths if path.parent == _SHARED_MEMORY and _MADE_BY_AN_ENGINE.match(path.name)}
 
 
-def _is_alive(group: int) -> bool:
+def _of_group(group: int) -> Iterator[psutil.Process]:
     """Zombies do not count: where nobody reaps orphans (a container without init) they stay for ever."""
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
             if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                return True
-    return False
+                yield process
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    """What Python's multiprocessing starts beside its first semaphore, or shared memory."""
+    return "from multiprocessing.resource_tracker import main" in " ".join(process.cmdline())

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -31,6 +32,14 @@ memory = shared_memory.SharedMemory(create=True, size=4096)
 resource_tracker.unregister(memory._name, 'shared_memory')
 mapped = mmap.mmap(os.open('FOREIGN', os.O_RDWR), 1)
 print('up', memory.name, flush=True)
+time.sleep(600)
+"""
+
+SEMAPHORE = """
+import multiprocessing, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+kept = multiprocessing.get_context('spawn').Semaphore()
+print('up', kept._semlock.name, flush=True)
 time.sleep(600)
 """
 
@@ -111,6 +120,22 @@ def test_stop_takes_the_whole_tree(tmp_path: Path) -> None:
 
     grandchild = run(tmp_path, TREE, act)
     assert not psutil.pid_exists(grandchild) or psutil.Process(grandchild).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_semaphore_that_only_pythons_resource_tracker_knows_of_goes_with_a_killed_tree(
+    tmp_path: Path, is_stopped: bool
+) -> None:
+    async def act(started: Child) -> Path:
+        file = Path("/dev/shm") / f"sem.{(await said(started))[1].removeprefix('/')}"
+        assert file.exists()
+        if is_stopped:
+            os.killpg(started.pid, signal.SIGSTOP)
+        await started.stop(timeout_s=0.2)
+        assert started.is_gone
+        return file
+
+    assert not run(tmp_path, SEMAPHORE, act).exists()
 
 
 def test_what_is_left_of_a_run_is_found_by_session_and_by_tag(tmp_path: Path) -> None:
