@@ -9,7 +9,7 @@ with greedy sampling it is the rest that the lost node would have made. Source: 
 import re
 from collections import deque
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import orjson
@@ -22,16 +22,11 @@ _PROMPT_IDS = re.compile(rb'"prompt_token_ids":\[[0-9,]*\]')
 _FINISHED = b'"finish_reason":"'
 _REASONING = b'"reasoning":"'
 _END_OF_EVENT = b"\n\n"
-_END_OF_CHUNK = b"\n\n\r\n"
-_AROUND_A_CHUNK = 4
-"""Bytes of the two line ends of a chunk."""
 _DONE = b"data: [DONE]"
 _ERROR = b'data: {"error"'
-_ONE_EVENT = re.compile(
-    rb"([1-9a-f][0-9a-f]{0,4})\r\n"
-    rb'data: \{"id":[^\n]*"finish_reason":null[^\n\[]*"token_ids":\[([0-9,]*)\][^\n]*\n\n\r\n'
-)
-"""What nearly every read of a stream is: one chunk, in it one event in the middle of the answer, with its tokens."""
+_EVENT = b'data: {"id":'
+_MIDDLE = b'"finish_reason":null'
+_OPEN_IDS = b'"token_ids":['
 _REMEMBERED_READS = 8
 _DEFAULT_COMPLETION_TOKENS = 16
 
@@ -110,27 +105,42 @@ class SentTokens:
         """What the node said when its engine died under it: an error as an event. The client does not see it."""
         self._has_reasoning = False
 
-    def one_event(self, data: bytes) -> bytes | None:
-        """What `in_place` would return, quickly, if these bytes are one chunk with one ordinary event; else None."""
-        found = _ONE_EVENT.fullmatch(data)
-        if found is None or self._rest or _REASONING in data:
+    def in_frames(self, data: bytes) -> bytes | None:
+        """HTTP chunks as most reads of a stream are: whole, each with one event in the middle of the answer.
+
+        The same bytes, as many of them. None, and nothing noted, when anything else is among them: that is for an HTTP
+        parser, and then for `feed`. Strict on purpose, and without a pattern: this is what a token costs.
+        """
+        if self._rest:
             return None
-        if int(found[1], 16) != len(data) - found.end(1) - _AROUND_A_CHUNK:
-            return None
-        ids = found[2]
+        ids: list[bytes] = []
+        passed: list[bytes] = []
+        at = copied = 0
+        while at < len(data):
+            body = data.find(b"\r\n", at) + 2
+            end = data.find(b"\n", body) + 4
+            field = data.rfind(_OPEN_IDS, body, end)
+            opened = field + len(_OPEN_IDS)
+            closed = data.find(b"]", opened, end)
+            if (
+                field < 0
+                or not data.startswith(_head(end - 2 - body), at)
+                or not data.startswith(b"\n\n\r\n", end - 4)
+                or data.find(_MIDDLE, body, end) < 0
+                or not _are_ids(tokens := data[opened:closed])
+            ):
+                return None
+            ids.append(tokens)
+            passed += (data[copied : opened - 1], _blank(closed - opened))
+            at, copied = end, closed + 1
+        if _REASONING in data:
+            self._has_reasoning = True
         self._reads.append(data)
-        self._ids.append(ids)
+        self._ids += ids
         if not self._hide:
             return data
-        start = found.start(2) - 1
-        return data[:start] + _blank(len(ids)) + data[found.end(2) + 1 :]
-
-    def in_place(self, data: bytes) -> bytes | None:
-        """Whole events in HTTP chunks: the same bytes, as many of them. None when `feed` must look at them."""
-        if self._rest or _ERROR in data or not data.endswith(_END_OF_CHUNK):
-            return None
-        self._note(data)
-        return _IDS.sub(self._blanked if self._hide else self._kept, data)
+        passed.append(data[copied:])
+        return b"".join(passed)
 
     def feed(self, data: bytes) -> bytes:
         """All events that are complete now. What comes of an event before its end is kept until it is whole."""
@@ -180,10 +190,6 @@ class SentTokens:
         if _DONE in data:
             self.is_done = True
 
-    def _blanked(self, found: "re.Match[bytes]") -> bytes:
-        self._ids.append(found[1])
-        return b'"token_ids":' + _blank(len(found[1]))
-
     def _cut(self, found: "re.Match[bytes]") -> bytes:
         self._ids.append(found[1])
         return b'"token_ids":null'
@@ -209,6 +215,16 @@ class SentTokens:
                     return count if tokens == 1 else None
                 count += tokens
         return count if len(self._reads) < _REMEMBERED_READS else None
+
+
+def _are_ids(listed: bytes) -> bool:
+    return listed.isdigit() or listed.replace(b",", b"0").isdigit()
+
+
+@lru_cache(maxsize=4096)
+def _head(size: int) -> bytes:
+    """How an HTTP chunk of so many bytes begins that is an event."""
+    return b"%x\r\n%b" % (size, _EVENT)
 
 
 @cache

@@ -332,12 +332,10 @@ def _passing_on(write: Callable[[bytes], object], sent: SentTokens | None) -> Ca
 
     if sent is None:
         return untouched
-    one_event, in_place = sent.one_event, sent.in_place
+    in_frames = sent.in_frames
 
     def blanked(data: bytes) -> bool:
-        passed = one_event(data)
-        if passed is None:
-            passed = in_place(data) if are_whole_frames(data) else None
+        passed = in_frames(data)
         if passed is None:
             return False
         write(passed)

@@ -43,7 +43,7 @@ def test_bytes_that_are_chunks_already_keep_their_length(ids: list[int]) -> None
     sent = SentTokens(hide=True)
     sent.feed(STREAM[0])
     data = frame(event("x", ids))
-    blanked = sent.in_place(data)
+    blanked = sent.in_frames(data)
     assert blanked is not None
     assert len(blanked) == len(data)
     body = json.loads(blanked.split(b"\r\n", 1)[1].removeprefix(b"data: ").removesuffix(b"\n\n\r\n"))
@@ -52,42 +52,79 @@ def test_bytes_that_are_chunks_already_keep_their_length(ids: list[int]) -> None
     assert sent.token_ids() == [10, *ids]
 
 
-@given(st.text(), st.lists(st.integers(0, 200_000), max_size=4), st.booleans(), st.binary(max_size=4))
-def test_the_quick_way_does_what_the_long_way_does_or_nothing(
-    text: str, ids: list[int], hide: bool, more: bytes
-) -> None:
+EVENTS = st.builds(event, st.text(), st.lists(st.integers(0, 200_000), min_size=1, max_size=4))
+
+
+@given(st.lists(EVENTS, min_size=1, max_size=4), st.booleans(), st.binary(min_size=1, max_size=4))
+def test_events_in_chunks_are_noted_as_they_are_in_pieces(events: list[bytes], hide: bool, more: bytes) -> None:
     quick, long = SentTokens(hide=hide), SentTokens(hide=hide)
     for sent in (quick, long):
         sent.feed(STREAM[0])
-    data = frame(event(text, ids))
-    passed = quick.one_event(data)
-    assert passed == long.in_place(data)
+    data = b"".join(map(frame, events))
+    passed = quick.in_frames(data)
+    assert passed is not None
+    assert len(passed) == len(data)
+    told = [line for line in passed.split(b"\n") if line.startswith(b"data: ")]
+    pieces = [long.feed(piece) for piece in events]
+    assert [without_ids(line) for line in told] == [without_ids(piece) for piece in pieces]
     assert quick.token_ids() == long.token_ids()
     assert quick.can_go_on == long.can_go_on
-    if more:
-        assert SentTokens(hide=hide).one_event(data + more) is None
-        assert SentTokens(hide=hide).one_event(more + data) is None
+    assert SentTokens(hide=hide).in_frames(data + more) is None
+    assert SentTokens(hide=hide).in_frames(more + data) is None
+
+
+def without_ids(shown: bytes) -> Any:
+    """An event as the client reads it, where no ids and an empty list of them are the same."""
+    told = json.loads(shown[6:])
+    told["choices"][0]["token_ids"] = told["choices"][0]["token_ids"] or None
+    return told
+
+
+ORDINARY = frame(event("a", [1]))
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        b'data: {"error":{"message":"\\"finish_reason\\":null,\\"token_ids\\":[1]"}}\n\n',
-        b'data: {"id":"x","choices":[{"index":0,"delta":{"reasoning":"so"},"finish_reason":null,"token_ids":[1]}]}\n\n',
-        b'data: {"id":"x","choices":[{"index":0,"text":"","finish_reason":"stop","token_ids":[2]}]}\n\n',
-        b"data: [DONE]\n\n",
+        frame(b'data: {"error":{"message":"\\"finish_reason\\":null,\\"token_ids\\":[1]"}}\n\n'),
+        frame(b'data: {"id":"x","choices":[{"index":0,"text":"","finish_reason":"stop","token_ids":[2]}]}\n\n'),
+        frame(b'data: {"id":"x","choices":[{"index":0,"text":"a","finish_reason":null,"token_ids":[]}]}\n\n'),
+        frame(b'data: {"id":"x","choices":[{"index":0,"text":"a","finish_reason":null,"token_ids":["1"]}]}\n\n'),
+        frame(b'data: {"id":"x","choices":[{"index":0,"text":"a","finish_reason":null,"token_ids":[1'),
+        frame(event("a", None)),
+        frame(event("a", [1]) + event("b", [2])),
+        frame(event("a", [1]))[1:],
+        b"0" + frame(event("a", [1])),
+        frame(event("a", [1])).replace(b"\r\n", b";x\r\n", 1),
+        frame(event("a", [1]))[:-2] + b"\n\r",
+        frame(b": ping\n\n"),
+        frame(b"data: [DONE]\n\n"),
+        b"0\r\n\r\n",
+        b"\r\n",
     ],
 )
-def test_what_is_no_ordinary_event_goes_the_long_way(other: bytes) -> None:
-    assert SentTokens(hide=True).one_event(frame(other)) is None
-    assert SentTokens(hide=True).one_event(frame(event("a", [1])) + frame(other)) is None
-    assert SentTokens(hide=True).one_event(frame(event("a", [1]))[1:]) is None
+def test_what_is_no_ordinary_event_is_not_touched(other: bytes) -> None:
+    for data in (other, ORDINARY + other, other + ORDINARY):
+        sent = SentTokens(hide=True)
+        assert sent.in_frames(data) is None
+        assert sent.tokens == 0
+
+
+def test_reasoning_is_noticed_on_its_way() -> None:
+    sent = SentTokens(hide=True)
+    sent.feed(STREAM[0])
+    assert sent.can_go_on
+    thought = (
+        b'data: {"id":"x","choices":[{"index":0,"delta":{"reasoning":"so"},"finish_reason":null,"token_ids":[1]}]}'
+    )
+    assert sent.in_frames(frame(thought + b"\n\n")) is not None
+    assert not sent.can_go_on
 
 
 def test_a_client_that_asked_for_ids_gets_the_bytes_unchanged() -> None:
     sent = SentTokens(hide=False)
     assert sent.feed(STREAM[0]) == STREAM[0]
-    assert sent.in_place(frame(STREAM[1])) == frame(STREAM[1])
+    assert sent.in_frames(frame(STREAM[1])) == frame(STREAM[1])
     assert sent.token_ids() == [10, 11, 12]
 
 
@@ -118,7 +155,7 @@ def test_where_the_tokens_are_not_known_one_by_one_nothing_goes_on(last: bytes) 
 def test_an_engines_death_as_an_event_is_kept_from_the_client() -> None:
     sent = SentTokens(hide=True)
     failed = b'data: {"error":{"message":"EngineCore died","code":500}}\n\ndata: [DONE]\n\n'
-    assert sent.in_place(frame(failed)) is None
+    assert sent.in_frames(frame(failed)) is None
     assert sent.feed(STREAM[0] + failed).count(b"data:") == 1
     assert "EngineCore died" in (sent.error or "")
     assert not sent.is_done
