@@ -52,6 +52,7 @@ from .transport import Deadline, Headers, NodeClients
 logger = logging.getLogger("pd_proxy")
 
 _PRIORITIES = 1000
+_SHARE_EVERY_S = 0.1
 _SAFE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _PASSED_TO_NODES = frozenset({b"traceparent", b"tracestate", b"x-session-id", b"x-vllm-priority"})
 
@@ -111,7 +112,7 @@ class Parts:
             ("loop lag", observe_loop_lag(self.plane.metrics.loop_lag_seconds)),
         ]
         if self.board.is_shared:
-            work.append(("board", self.board.run(self._row, self._take_in_the_others)))
+            work.append(("board", self._share_for_ever()))
         if self.settings.topology_file:
             work.append(("topology", topology.follow(self.settings.topology_file, self.pool)))
         if self.settings.admin_port and self.settings.topology_file and self.settings.admin_key:
@@ -121,10 +122,22 @@ class Parts:
 
     # -- what the worker processes tell each other
 
-    def _row(self) -> JSONObject:
-        shares = {node.spec.name: [node.in_flight, node.hand_offs, node.handed_tokens] for node in self.pool}
+    async def _share_for_ever(self) -> None:
+        while True:
+            self.share()
+            await asyncio.sleep(_SHARE_EVERY_S)
+
+    def share(self) -> None:
+        """Tell the others this worker's figures, and hear theirs.
+
+        Before every scrape too: a counter would fall if a worker died with what it alone knew and had told a scrape.
+        """
         self.plane.metrics.queued = self.admission.waiting
-        return {"metrics": self.plane.metrics.snapshot(), "nodes": shares}
+        if self.board.is_shared:
+            shares = {node.spec.name: [node.in_flight, node.hand_offs, node.handed_tokens] for node in self.pool}
+            self.board.write({"metrics": self.plane.metrics.snapshot(), "nodes": shares})
+            self.board.look()
+            self._take_in_the_others()
 
     def _take_in_the_others(self) -> None:
         alive, all_rows = self.board.others(), self.board.others(alive=False)
@@ -220,7 +233,7 @@ def _add_information_routes(app: FastAPI, parts: Parts) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        parts.plane.metrics.queued = parts.admission.waiting
+        parts.share()
         return Response(
             parts.plane.metrics.text(parts.board, pool, watch), media_type="text/plain; version=0.0.4; charset=utf-8"
         )

@@ -3,10 +3,14 @@
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
+from proxy.app import Parts, make_app
 from proxy.board import Board, make_file
+from proxy.config import ProxySettings
 
 Join = Callable[[int], Board]
 
@@ -46,14 +50,25 @@ def test_each_worker_reads_what_the_others_wrote(join: Join) -> None:
     assert second.others() == [{"load": 5}]
 
 
-def test_a_row_that_is_being_written_stays_as_it_was(join: Join) -> None:
+@pytest.mark.parametrize("written_before", [1, 2, 3])
+def test_a_worker_killed_while_it_writes_leaves_what_it_wrote_before(join: Join, written_before: int) -> None:
     writer, reader = join(0), join(1)
-    writer.write({"load": 1})
+    for load in range(written_before):
+        writer.write({"load": load})
+    memory = writer._memory
+    assert memory is not None
+    before = memory[:]
+    writer.write({"load": 99})
+    changed = [at for at, (old, new) in enumerate(zip(before, memory[:], strict=True)) if old != new]
+    for at in changed[len(changed) // 2 :]:
+        memory[at] = before[at]  # the second half of what it wrote never came
     reader.look()
-    assert writer._memory is not None
-    writer._memory[0:8] = (99).to_bytes(8, "little")  # the writer is killed after its first stroke
+    assert reader.others() == [{"load": written_before - 1}]
+    heir = join(0)
+    assert heir.inherited == {"load": written_before - 1}
+    heir.write({"load": 7})
     reader.look()
-    assert reader.others() == [{"load": 1}]
+    assert reader.others() == [{"load": 7}]
 
 
 def test_a_dead_workers_row_counts_no_longer_as_load_and_still_as_history(
@@ -83,3 +98,18 @@ def test_what_does_not_fit_is_said(join: Join) -> None:
 def test_a_proxy_of_one_process_has_no_board() -> None:
     assert not Board().is_shared
     assert Board().others() == []
+
+
+def test_what_a_scrape_was_told_all_workers_know_at_once(join: Join, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a counter falls when the worker dies that answered the last scrape."""
+    made: list[Parts] = []
+
+    def kept(*given: Any) -> Parts:
+        made.append(Parts(*given))
+        return made[-1]
+
+    monkeypatch.setattr("proxy.app.Parts", kept)
+    told, other = (TestClient(make_app(ProxySettings(), join(row))) for row in range(2))
+    made[0].plane.metrics.resumed.count("resumed")
+    for worker in (told, other):
+        assert 'pd_resumed_total{outcome="resumed"} 1.0' in worker.get("/metrics").text
