@@ -9,7 +9,7 @@ with greedy sampling it is the rest that the lost node would have made. Source: 
 import re
 from collections import deque
 from collections.abc import Iterator
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -22,11 +22,16 @@ _PROMPT_IDS = re.compile(rb'"prompt_token_ids":\[[0-9,]*\]')
 _FINISHED = b'"finish_reason":"'
 _REASONING = b'"reasoning":"'
 _END_OF_EVENT = b"\n\n"
+_END_OF_CHUNK = b"\n\n\r\n"
 _DONE = b"data: [DONE]"
 _ERROR = b'data: {"error"'
 _EVENT = b'data: {"id":'
-_MIDDLE = b'"finish_reason":null'
-_OPEN_IDS = b'"token_ids":['
+_NO_TEXT = b':"'
+"""How an event without text ends before its text's closing quote; a quote within a text has a backslash before it."""
+_ORDINARY = re.compile(rb'("(?:,"[a-z_]+":null)*\}?(?:,"[a-z_]+":null)*,"token_ids":\[)[0-9,]+(\][^\n\[]*\n\n)')
+"""From the closing quote of an event's text to its end; nothing but nulls and token ids stand there."""
+_LONGEST_CHUNK = 2048
+_LONGEST_IDS = 64
 _REMEMBERED_READS = 8
 _DEFAULT_COMPLETION_TOKENS = 16
 
@@ -95,8 +100,14 @@ class SentTokens:
     def __init__(self, *, hide: bool) -> None:
         self._hide = hide
         self._rest = b""
-        self._reads: deque[bytes] = deque(maxlen=_REMEMBERED_READS)
         self._ids: list[bytes] = []
+        self._form: _Form | None = None
+        self._reads: deque[bytes] = deque(maxlen=_REMEMBERED_READS)
+        """What `feed` was given since the last ordinary event."""
+        self._ids_before = b""
+        """The tokens of that event."""
+        self._fed = 0
+        """How many events with tokens there were when `feed` had read the last of these."""
         self.first_event = b""
         self.is_finished = False
         """The choice has ended: all that can be missing is the usage, and the end mark."""
@@ -106,40 +117,47 @@ class SentTokens:
         self._has_reasoning = False
 
     def in_frames(self, data: bytes) -> bytes | None:
-        """HTTP chunks as most reads of a stream are: whole, each with one event in the middle of the answer.
+        """HTTP chunks as most reads of a stream are: whole, each with one ordinary event: some text and its tokens.
 
         The same bytes, as many of them. None, and nothing noted, when anything else is among them: that is for an HTTP
-        parser, and then for `feed`. Strict on purpose, and without a pattern: this is what a token costs.
+        parser, and then for `feed`. This is what a token costs. It runs between system calls, with cold caches, so few
+        steps count, and memory that is not touched.
         """
-        if self._rest:
+        form = self._form
+        if form is None or self._rest:
             return None
-        ids: list[bytes] = []
-        passed: list[bytes] = []
-        at = copied = 0
-        while at < len(data):
-            body = data.find(b"\r\n", at) + 2
-            end = data.find(b"\n", body) + 4
-            field = data.rfind(_OPEN_IDS, body, end)
-            opened = field + len(_OPEN_IDS)
-            closed = data.find(b"]", opened, end)
+        mark, tail, before_tail, blanks = form
+        head, _, end = data.rpartition(mark)
+        ids = end[:before_tail]
+        try:
             if (
-                field < 0
-                or not data.startswith(_head(end - 2 - body), at)
-                or not data.startswith(b"\n\n\r\n", end - 4)
-                or data.find(_MIDDLE, body, end) < 0
-                or not _are_ids(tokens := data[opened:closed])
+                not (ids.isdigit() or ids.replace(b",", b"0").isdigit())
+                or not end.endswith(tail)
+                or not data.startswith(_CHUNK_HEADS[len(data)])
+                or head.count(b"\n") != 1
+                or head.endswith(_NO_TEXT)
             ):
-                return None
-            ids.append(tokens)
-            passed += (data[copied : opened - 1], _blank(closed - opened))
-            at, copied = end, closed + 1
-        if _REASONING in data:
+                return self._frame_by_frame(data)
+            passed = head + blanks[len(ids)] if self._hide else data
+        except IndexError:
+            return self._frame_by_frame(data)
+        if _REASONING in head:
             self._has_reasoning = True
-        self._reads.append(data)
-        self._ids += ids
-        if not self._hide:
-            return data
-        passed.append(data[copied:])
+        self._ids.append(ids)
+        return passed
+
+    def _frame_by_frame(self, data: bytes) -> bytes | None:
+        *frames, rest = data.split(_END_OF_CHUNK)
+        if rest or len(frames) < 2:
+            return None
+        noted = len(self._ids)
+        passed = []
+        for frame in frames:
+            one = self.in_frames(frame + _END_OF_CHUNK)
+            if one is None:
+                del self._ids[noted:]
+                return None
+            passed.append(one)
         return b"".join(passed)
 
     def feed(self, data: bytes) -> bytes:
@@ -158,9 +176,9 @@ class SentTokens:
         if not self.first_event:
             self.first_event = whole.split(_END_OF_EVENT, 1)[0]
         self._note(whole)
-        if not self._hide:
-            return _IDS.sub(self._kept, whole)
-        return _PROMPT_IDS.sub(b'"prompt_token_ids":null', _IDS.sub(self._cut, whole))
+        shown = _IDS.sub(self._cut if self._hide else self._kept, whole)
+        self._fed = len(self._ids)
+        return _PROMPT_IDS.sub(b'"prompt_token_ids":null', shown) if self._hide else shown
 
     @property
     def tokens(self) -> int:
@@ -182,7 +200,11 @@ class SentTokens:
         return ids[: len(ids) - without_text]
 
     def _note(self, data: bytes) -> None:
+        if len(self._ids) > self._fed:
+            self._ids_before = self._ids[-1]
+            self._reads.clear()
         self._reads.append(data)
+        self._form = _form_of(data) or self._form
         if _FINISHED in data:
             self.is_finished = True
         if _REASONING in data:
@@ -204,6 +226,8 @@ class SentTokens:
         That is when they go further back than is remembered, and when the last event with text has several tokens: the
         text of the last of them may be held back, half a character, and would come again with all that is before it.
         """
+        if len(self._ids) > self._fed:  # the last event was an ordinary one
+            return None if b"," in self._ids[-1] else 0
         count = 0
         for read in reversed(self._reads):
             for event in reversed(list(_events(read))):
@@ -214,23 +238,43 @@ class SentTokens:
                 if choice.get("text") or (choice.get("delta") or {}).get("content"):
                     return count if tokens == 1 else None
                 count += tokens
-        return count if len(self._reads) < _REMEMBERED_READS else None
+        return None if len(self._reads) == _REMEMBERED_READS or b"," in self._ids_before else count
 
 
-def _are_ids(listed: bytes) -> bool:
-    return listed.isdigit() or listed.replace(b",", b"0").isdigit()
+_Form = tuple[bytes, bytes, int, tuple[bytes, ...]]
+"""What an ordinary event's chunk has after its text: up to the ids, after them, the length of that below 0, and all of
+it with ids blanked that take so many bytes."""
 
 
-@lru_cache(maxsize=4096)
-def _head(size: int) -> bytes:
-    """How an HTTP chunk of so many bytes begins that is an event."""
-    return b"%x\r\n%b" % (size, _EVENT)
+def _form_of(events: bytes) -> _Form | None:
+    """That of the first ordinary event among these, if there is one; those to come are most likely like it."""
+    found = _ORDINARY.search(events)
+    if found is None or b'"finish_reason":null' not in found[1]:
+        return None
+    return _form(found[1], found[2] + b"\r\n")
 
 
-@cache
+@lru_cache(maxsize=64)
+def _form(mark: bytes, tail: bytes) -> _Form:
+    blanks = tuple(mark[:-1] + _blank(length) + tail[1:] for length in range(_LONGEST_IDS))
+    return mark, tail, -len(tail), blanks
+
+
 def _blank(length: int) -> bytes:
     """No token ids, in the place of a list of so many characters between its brackets."""
     return (b"null" if length >= 2 else b"[]").ljust(length + 2)
+
+
+def _chunk_head(length: int) -> bytes:
+    """How an HTTP chunk that has so many bytes in all begins, if it is an event. Nothing does when there is no such."""
+    for size in range(max(1, length - 10), length):
+        line = b"%x\r\n" % size
+        if len(line) + size + 2 == length:
+            return line + _EVENT
+    return b"no chunk"
+
+
+_CHUNK_HEADS = tuple(map(_chunk_head, range(_LONGEST_CHUNK)))
 
 
 def continuation_body(
@@ -301,7 +345,7 @@ class Joint:
 
 
 def _events(data: bytes) -> Iterator[Any]:
-    """The parsed JSON of every event in some bytes of a stream; HTTP's own chunk lines between them are passed over."""
+    """The parsed JSON of every event in some bytes of a stream; other lines are passed over."""
     for line in data.split(b"\n"):
         if line.startswith(b"data: {"):
             try:

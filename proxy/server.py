@@ -255,7 +255,8 @@ class ClientConnection:
         if connection.flow.write_paused:
             answer.pause()
         try:
-            frames = _passing_on(connection.transport.write, sent) if self._framed else None
+            in_frames = _as_it_is if sent is None else sent.in_frames
+            frames = (in_frames, connection.transport.write) if self._framed else None
             await answer.pipe(Sink(write, frames, deadline, silence_s=silence_s, stall_s=stall_s))
         finally:
             connection.source = None
@@ -321,27 +322,8 @@ class ClientConnection:
         cycle.on_response()
 
 
-def _passing_on(write: Callable[[bytes], object], sent: SentTokens | None) -> Callable[[bytes], bool]:
-    """What is done with every read of a stream: one that is whole chunks goes to the client as it is."""
-
-    def untouched(data: bytes) -> bool:
-        if not are_whole_frames(data):
-            return False
-        write(data)
-        return True
-
-    if sent is None:
-        return untouched
-    in_frames = sent.in_frames
-
-    def blanked(data: bytes) -> bool:
-        passed = in_frames(data)
-        if passed is None:
-            return False
-        write(passed)
-        return True
-
-    return blanked
+def _as_it_is(data: bytes) -> bytes | None:
+    return data if are_whole_frames(data) else None
 
 
 def refuse_unless_json(connection: ClientConnection) -> None:

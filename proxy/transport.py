@@ -264,10 +264,10 @@ class Answer:
 class Sink:
     """Where an answer's bytes go as they come.
 
-    `frames`, where it is not None, is called with the bytes of a chunked body just as they came, from the beginning of
-    a chunk on. It may take them if they are whole chunks (`are_whole_frames`); what it does not take (it returns
-    False), and all else, comes to `write` as pieces of the body. The error that `write`
-    returns, if any, ends the answer.
+    `frames`, where it is not None, are two functions. The first is called with the bytes of a chunked body just as they
+    came, from the beginning of a chunk on; if they are whole chunks (`are_whole_frames`) it may return bytes for the
+    second. Where it returns None, and all else, comes to `write` as pieces of the body. The error that `write` returns,
+    if any, ends the answer.
     """
 
     __slots__ = ("deadline", "frames", "silence_s", "stall_s", "write")
@@ -275,7 +275,7 @@ class Sink:
     def __init__(
         self,
         write: "SinkWrite",
-        frames: Callable[[bytes], bool] | None,
+        frames: "Frames | None",
         deadline: Deadline,
         *,
         silence_s: float,
@@ -286,6 +286,9 @@ class Sink:
         self.deadline = deadline
         self.silence_s = silence_s
         self.stall_s = stall_s
+
+
+Frames = tuple[Callable[[bytes], bytes | None], Callable[[bytes], object]]
 
 
 class SinkWrite(Protocol):
@@ -329,7 +332,7 @@ class _Connection(asyncio.Protocol):
         self._heard = False
         self._heard_at = 0.0
         self._between_chunks = False
-        self._frames: Callable[[bytes], bool] | None = None
+        self._frames: Frames | None = None
 
     # -- what NodeClient and Answer call
 
@@ -421,10 +424,13 @@ class _Connection(asyncio.Protocol):
         self._client._opened(self)  # noqa: SLF001  the two classes are one unit
 
     def data_received(self, data: bytes) -> None:
-        frames = self._frames
-        if frames is not None and frames(data):
-            self._heard = True  # the parser stands between two chunks, before and after
-            return
+        if self._frames is not None:
+            in_frames, pass_on = self._frames
+            passed = in_frames(data)
+            if passed is not None:
+                pass_on(passed)
+                self._heard = True  # the parser stands between two chunks, before and after
+                return
         if not self._busy or self._complete:
             self._fail(NodeBrokeOffError(f"{self._node} sent bytes nobody asked for"))
             self.abort()

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engines.base import JSONObject
 from engines.continuation import Joint, SentTokens, can_be_continued, continuation_body
 from engines.routes import CHAT, COMPLETIONS, MESSAGES
 
@@ -22,6 +23,12 @@ def event(text: str, ids: list[int] | None, finish: str | None = None) -> bytes:
 
 def frame(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def chat_event(delta: JSONObject, ids: list[int] | None) -> bytes:
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None, "token_ids": ids}
+    body = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 7, "model": "m", "choices": [choice]}
+    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n".encode()
 
 
 STREAM = [event("a", [10]), event('say "token_ids":[1,2]', [11, 12]), event("", [13]), event("é", [14])]
@@ -52,29 +59,39 @@ def test_bytes_that_are_chunks_already_keep_their_length(ids: list[int]) -> None
     assert sent.token_ids() == [10, *ids]
 
 
-EVENTS = st.builds(event, st.text(), st.lists(st.integers(0, 200_000), min_size=1, max_size=4))
+IDS = st.lists(st.integers(0, 200_000), min_size=1, max_size=4)
+EVENTS = st.builds(event, st.just("") | st.text(max_size=40), IDS | st.just([7]))
 
 
-@given(st.lists(EVENTS, min_size=1, max_size=4), st.booleans(), st.binary(min_size=1, max_size=4))
-def test_events_in_chunks_are_noted_as_they_are_in_pieces(events: list[bytes], hide: bool, more: bytes) -> None:
+@given(
+    st.lists(st.lists(EVENTS, min_size=1, max_size=4), min_size=1, max_size=12),
+    st.booleans(),
+    st.binary(min_size=1, max_size=4),
+)
+def test_events_in_chunks_are_noted_as_they_are_in_pieces(reads: list[list[bytes]], hide: bool, more: bytes) -> None:
     quick, long = SentTokens(hide=hide), SentTokens(hide=hide)
     for sent in (quick, long):
         sent.feed(STREAM[0])
-    data = b"".join(map(frame, events))
-    passed = quick.in_frames(data)
-    assert passed is not None
-    assert len(passed) == len(data)
-    told = [line for line in passed.split(b"\n") if line.startswith(b"data: ")]
-    pieces = [long.feed(piece) for piece in events]
-    assert [without_ids(line) for line in told] == [without_ids(piece) for piece in pieces]
-    assert quick.token_ids() == long.token_ids()
-    assert quick.can_go_on == long.can_go_on
-    assert SentTokens(hide=hide).in_frames(data + more) is None
-    assert SentTokens(hide=hide).in_frames(more + data) is None
+    for events in reads:
+        data = b"".join(map(frame, events))
+        assert quick.in_frames(data + more) is None
+        assert quick.in_frames(more + data) is None
+        passed = quick.in_frames(data)
+        assert (passed is None) == any(b'"text":""' in each for each in events)
+        pieces = [long.feed(piece) for piece in events]
+        if passed is None:
+            told = [quick.feed(piece) for piece in events]
+        else:
+            assert len(passed) == len(data)
+            told = [line for line in passed.split(b"\n") if line.startswith(b"data: ")]
+        assert [without_ids(each) for each in told] == [without_ids(piece) for piece in pieces]
+        assert quick.tokens == long.tokens
+        assert quick.can_go_on == long.can_go_on
+        assert quick.token_ids() == long.token_ids()
 
 
 def without_ids(shown: bytes) -> Any:
-    """An event as the client reads it, where no ids and an empty list of them are the same."""
+    """An event as the client reads it, to whom no ids and an empty list of them are the same."""
     told = json.loads(shown[6:])
     told["choices"][0]["token_ids"] = told["choices"][0]["token_ids"] or None
     return told
@@ -93,6 +110,9 @@ ORDINARY = frame(event("a", [1]))
         frame(b'data: {"id":"x","choices":[{"index":0,"text":"a","finish_reason":null,"token_ids":[1'),
         frame(event("a", None)),
         frame(event("a", [1]) + event("b", [2])),
+        frame(event("", [1])),
+        frame(event("a" * 5000, [1])),
+        frame(event("a", [*range(50)])),
         frame(event("a", [1]))[1:],
         b"0" + frame(event("a", [1])),
         frame(event("a", [1])).replace(b"\r\n", b";x\r\n", 1),
@@ -104,20 +124,40 @@ ORDINARY = frame(event("a", [1]))
     ],
 )
 def test_what_is_no_ordinary_event_is_not_touched(other: bytes) -> None:
+    sent = SentTokens(hide=True)
+    sent.feed(event("a", [1]))
     for data in (other, ORDINARY + other, other + ORDINARY):
-        sent = SentTokens(hide=True)
         assert sent.in_frames(data) is None
-        assert sent.tokens == 0
+        assert sent.tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"content": "a"}, {"content": "b"}),
+        ({"reasoning": "a"}, {"reasoning": "b"}),
+        ({"content": "a", "reasoning": None}, {"content": None, "reasoning": "b"}),
+    ],
+)
+def test_a_chats_events_have_a_form_of_their_own_and_it_may_change(first: JSONObject, then: JSONObject) -> None:
+    sent = SentTokens(hide=True)
+    sent.feed(chat_event({"role": "assistant", "content": ""}, None))
+    for delta in (first, then):
+        sent.feed(chat_event(delta, [1]))
+        data = frame(chat_event(delta, [12345]))
+        assert sent.in_frames(data) == data.replace(b"[12345]", b"null   ")
+    assert sent.token_ids() == [1, 12345, 1, 12345]
+
+
+def test_before_an_ordinary_event_has_been_parsed_none_is_known() -> None:
+    assert SentTokens(hide=True).in_frames(ORDINARY) is None
 
 
 def test_reasoning_is_noticed_on_its_way() -> None:
     sent = SentTokens(hide=True)
-    sent.feed(STREAM[0])
+    sent.feed(chat_event({"content": "a"}, [1]))
     assert sent.can_go_on
-    thought = (
-        b'data: {"id":"x","choices":[{"index":0,"delta":{"reasoning":"so"},"finish_reason":null,"token_ids":[1]}]}'
-    )
-    assert sent.in_frames(frame(thought + b"\n\n")) is not None
+    assert sent.in_frames(frame(chat_event({"reasoning": "so"}, [2]))) is not None
     assert not sent.can_go_on
 
 
