@@ -161,7 +161,7 @@ def run(settings: ProxySettings) -> None:
         "host": settings.host,
         "port": settings.port,
         "http": ClientProtocol,
-        "loop": "uvloop",
+        "loop": "proxy.accepting:Loop",
         "access_log": False,
         "log_config": None,
         "server_header": False,

@@ -1,0 +1,73 @@
+"""The event loop of the proxy: uvloop, but for how it takes new connections."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from ssl import SSLContext
+from typing import Any
+
+import uvloop
+
+_MOST_A_TURN = 100
+"""Those who are in already go on between two crowds."""
+
+
+class Loop(uvloop.Loop):
+    """Takes the connections that wait, as asyncio's own loop does; libuv takes one a turn of the loop.
+
+    A turn of a busy proxy lasts some 10 ms, so that of 300 clients who come at once the last would be heard after
+    seconds, while those who are in are served again and again.
+    """
+
+    async def create_server(  # type: ignore[override]
+        self, protocol_factory: Callable[[], asyncio.BaseProtocol], *args: Any, ssl: SSLContext | None = None, **kw: Any
+    ) -> asyncio.AbstractServer:
+        """As asyncio's. Raises what that raises."""
+        door = _Door(self, protocol_factory, ssl)
+        server = door.server = await super().create_server(door.opened, *args, ssl=ssl, **kw)
+        return server
+
+
+class _Door:
+    """Whenever uvloop has taken one connection, all others that wait are taken too."""
+
+    def __init__(self, loop: Loop, factory: Callable[[], asyncio.BaseProtocol], ssl: SSLContext | None) -> None:
+        self._loop, self._factory, self._ssl = loop, factory, ssl
+        self._is_open = False
+        self._beginning: set[asyncio.Task[Any]] = set()
+        self.server: Any = None  # before it is made, nobody comes
+
+    def opened(self) -> asyncio.BaseProtocol:
+        if not self._is_open:
+            self._is_open = True
+            self._loop.call_soon(self._let_in)
+        return self._factory()
+
+    def _let_in(self) -> None:
+        self._is_open = False
+        if not self.server.is_serving():
+            return
+        for listening in self.server.sockets:
+            for client in _waiting(listening):
+                task = self._loop.create_task(self._begin(client))
+                self._beginning.add(task)
+                task.add_done_callback(self._beginning.discard)
+
+    async def _begin(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # gone again, or no TLS
+            begun: Any = await self._loop.connect_accepted_socket(self._factory, client, ssl=self._ssl)
+            if not self.server.is_serving():  # whoever closed it has not seen this one
+                begun[0].close()
+
+
+def _waiting(listening: socket.socket) -> Iterator[socket.socket]:
+    """Connections that nobody has taken yet."""
+    own = socket.socket(listening.family, listening.type, listening.proto, fileno=listening.fileno())
+    try:
+        for _ in range(_MOST_A_TURN):
+            yield own.accept()[0]
+    except OSError:  # there are no more; if it is that there are no descriptors, libuv knows what to do
+        return
+    finally:
+        own.detach()
