@@ -1,8 +1,9 @@
 """A node that costs next to nothing: pre-built answers, a chunk for every running stream every 20 ms.
 
-Like an engine, it makes one step for all its streams at once. `python mock_node.py PORT BOOTSTRAP_PORT` (0: none).
-Each chunk carries the time it was written (`"t"`, seconds of the machine's monotonic clock). Token ids are told to
-whoever asks for them (`return_token_ids`), as vLLM does.
+Like an engine, it makes one step for all its requests at once, and a whole answer is not there before a step either: a
+proxy that asks for one, and a proxy that asks for a stream in its place, are measured under the same load.
+`python mock_node.py PORT BOOTSTRAP_PORT` (0: none). Each chunk carries the time it was written (`"t"`, seconds of the
+machine's monotonic clock). Token ids are told to whoever asks for them (`return_token_ids`), as vLLM does.
 """
 
 import asyncio
@@ -39,6 +40,7 @@ class Node(asyncio.Protocol):
     """One connection."""
 
     streaming: dict["Node", int] = {}  # noqa: RUF012
+    answering: list[tuple["Node", bytes]] = []  # noqa: RUF012
     tells_ids = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -76,7 +78,8 @@ class Node(asyncio.Protocol):
             self.streaming[self] = int(tokens.group(1)) if tokens else 16
             self.tells_ids = b'"return_token_ids":true' in request[head:]
         else:
-            self.whole(_WHOLE % (_PROMPT_IDS if b'"return_token_ids":true' in request[head:] else b"null"))
+            ids = _PROMPT_IDS if b'"return_token_ids":true' in request[head:] else b"null"
+            self.answering.append((self, _WHOLE % ids))
 
     def whole(self, body: bytes) -> None:
         self.transport.write(
@@ -98,6 +101,9 @@ async def step_for_ever() -> None:
     while True:
         due += STEP_S
         await asyncio.sleep(max(0, due - time.monotonic()))
+        for node, body in Node.answering:
+            node.whole(body)
+        Node.answering.clear()
         for node, left in list(Node.streaming.items()):
             node.transport.write(event(last=left == 1, tells_ids=node.tells_ids) + (end if left == 1 else b""))
             if left == 1:
