@@ -7,7 +7,6 @@ with greedy sampling it is the rest that the lost node would have made. Source: 
 """
 
 import re
-from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -100,14 +99,15 @@ class SentTokens:
     def __init__(self, *, hide: bool) -> None:
         self._hide = hide
         self._rest = b""
-        self._ids: list[bytes] = []
+        self._ids = bytearray()
+        """Of every event with tokens what stands between its brackets, and the closing one: a stream may be long."""
         self._form: _Form | None = None
-        self._reads: deque[bytes] = deque(maxlen=_REMEMBERED_READS)
+        self._reads: list[bytes] = []
         """What `feed` was given since the last ordinary event."""
-        self._ids_before = b""
-        """The tokens of that event."""
+        self._several_before = False
+        """Whether that event had more than one token."""
         self._fed = 0
-        """How many events with tokens there were when `feed` had read the last of these."""
+        """How many of the ids there were when `feed` had read the last of these."""
         self.first_event = b""
         self.is_finished = False
         """The choice has ended: all that can be missing is the usage, and the end mark."""
@@ -143,7 +143,9 @@ class SentTokens:
             return self._frame_by_frame(data)
         if _REASONING in head:
             self._has_reasoning = True
-        self._ids.append(ids)
+        noted = self._ids
+        noted += ids
+        noted += b"]"
         return passed
 
     def _frame_by_frame(self, data: bytes) -> bytes | None:
@@ -183,7 +185,7 @@ class SentTokens:
     @property
     def tokens(self) -> int:
         """Events with tokens so far; with one token an event, as vLLM sends them, that many tokens."""
-        return len(self._ids)
+        return self._ids.count(b"]")
 
     @property
     def can_go_on(self) -> bool:
@@ -195,15 +197,16 @@ class SentTokens:
 
     def token_ids(self) -> list[int]:
         """The tokens whose text has been sent. The last ones may have none yet (half a character): they come again."""
-        ids = [int(number) for chunk in self._ids for number in chunk.split(b",") if number]
+        ids = [int(number) for number in self._ids.replace(b"]", b",").split(b",") if number]
         without_text = self._tokens_without_text() or 0
         return ids[: len(ids) - without_text]
 
     def _note(self, data: bytes) -> None:
         if len(self._ids) > self._fed:
-            self._ids_before = self._ids[-1]
+            self._several_before = self._has_several()
             self._reads.clear()
         self._reads.append(data)
+        del self._reads[:-_REMEMBERED_READS]
         self._form = _form_of(data) or self._form
         if _FINISHED in data:
             self.is_finished = True
@@ -213,11 +216,11 @@ class SentTokens:
             self.is_done = True
 
     def _cut(self, found: "re.Match[bytes]") -> bytes:
-        self._ids.append(found[1])
+        self._ids += found[1] + b"]"
         return b'"token_ids":null'
 
     def _kept(self, found: "re.Match[bytes]") -> bytes:
-        self._ids.append(found[1])
+        self._ids += found[1] + b"]"
         return found[0]
 
     def _tokens_without_text(self) -> int | None:
@@ -227,7 +230,7 @@ class SentTokens:
         text of the last of them may be held back, half a character, and would come again with all that is before it.
         """
         if len(self._ids) > self._fed:  # the last event was an ordinary one
-            return None if b"," in self._ids[-1] else 0
+            return None if self._has_several() else 0
         count = 0
         for read in reversed(self._reads):
             for event in reversed(list(_events(read))):
@@ -238,7 +241,11 @@ class SentTokens:
                 if choice.get("text") or (choice.get("delta") or {}).get("content"):
                     return count if tokens == 1 else None
                 count += tokens
-        return None if len(self._reads) == _REMEMBERED_READS or b"," in self._ids_before else count
+        return None if len(self._reads) == _REMEMBERED_READS or self._several_before else count
+
+    def _has_several(self) -> bool:
+        """Whether the last event with tokens has more than one."""
+        return self._ids.rfind(b",") > self._ids.rfind(b"]", 0, -1)
 
 
 _Form = tuple[bytes, bytes, int, tuple[bytes, ...]]

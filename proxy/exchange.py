@@ -222,6 +222,7 @@ class Exchange:
         except PrefillRefusedError:
             await self._aggregated(decode, "prefill-stopped")
             return
+        del answer, raw  # a stream may last, and there may be thousands
         self._pinned = params if hand_off.pins_kv else None
         if self._client.is_gone:
             self._give_back()

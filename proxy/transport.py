@@ -10,7 +10,6 @@ busy connections a few times a second instead, so a deadline is kept within `_TI
 import asyncio
 import re
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol, cast
 from urllib.parse import urlsplit
@@ -326,7 +325,7 @@ class _Connection(asyncio.Protocol):
         self._complete = False
         self._keep_alive = False
         self._error: Exception | None = None
-        self._chunks: deque[bytes] = deque()
+        self._chunks: list[bytes] = []
         self._buffered = 0
         self._sink: Sink | None = None
         self._heard = False
@@ -372,7 +371,7 @@ class _Connection(asyncio.Protocol):
 
     async def pipe(self, sink: Sink, first: bytes) -> None:
         if first:
-            self._chunks.appendleft(first)
+            self._chunks.insert(0, first)
         self._buffered = 0
         self._sink, self.deadline = sink, sink.deadline
         self._heard_at = time.monotonic()
