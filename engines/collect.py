@@ -56,8 +56,11 @@ class Collector:
         for event in self._events.feed(data):
             if event == _DONE:
                 self._done = True
-            else:
+                continue
+            try:
                 self._add(orjson.loads(event))
+            except (KeyError, TypeError, AttributeError) as exc:
+                raise ValueError("this is no event of a stream of this route") from exc
 
     @property
     def is_whole(self) -> bool:
@@ -84,7 +87,8 @@ class Collector:
         if event.get("usage") is not None:
             self._usage = event["usage"]
         for delta in event["choices"]:
-            choice = self._choices.setdefault(delta["index"], self._new_choice(delta["index"]))
+            index = int(delta["index"])
+            choice = self._choices.setdefault(index, self._new_choice(index))
             (self._add_chat if self._chat else self._add_text)(choice, delta)
             _add_common(choice, delta)
 

@@ -336,7 +336,7 @@ class Exchange:
                 chunk = await answer.chunk(self._until(silence_s, "send anything"))
         except StreamError as exc:
             raise self._counted(node, NodeError(f"decode node {node.spec.name} failed: {exc}")) from exc
-        except (ValueError, KeyError, TypeError) as exc:
+        except ValueError as exc:
             unreadable = NodeError(f"decode node {node.spec.name} sent a stream that cannot be read")
             raise self._counted(node, unreadable) from exc
         except NodeError as exc:

@@ -10,6 +10,21 @@ from hypothesis import strategies as st
 
 from engines.collect import Collector, Events, StreamError
 
+FIELDS = ("choices", "index", "text", "delta", "content", "tool_calls", "function", "arguments", "logprobs", "tokens",
+          "token_ids", "finish_reason", "usage", "error", "code")  # fmt: skip
+SCALARS = st.none() | st.booleans() | st.integers(0, 3) | st.text(max_size=3)
+
+
+def nesting(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    fields = st.dictionaries(st.sampled_from(FIELDS), values, max_size=4)
+    return SCALARS | st.lists(values, max_size=3) | fields
+
+
+JSON = nesting(nesting(nesting(SCALARS)))
+CHOICES = st.fixed_dictionaries(
+    {"choices": st.lists(st.fixed_dictionaries({"index": JSON, "delta": JSON, "text": JSON}))}
+)
+
 
 def stream(*events: Any, done: bool = True) -> bytes:
     data = b"".join(b"data: " + orjson.dumps(event) + b"\n\n" for event in events)
@@ -105,7 +120,19 @@ def test_an_error_event_is_an_error(code: Any, status: int) -> None:
     assert error.value.status == status
 
 
-@given(st.binary())
-def test_anything_else_is_a_value_error(raw: bytes) -> None:
-    with suppress(ValueError, KeyError, TypeError, StreamError):
-        Collector(chat=False).feed(b"data: " + raw + b"\n\n")
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize(
+    "event", [None, [], 7, "error", {}, {"choices": 7}, {"choices": ["x"]}, {"choices": [{"index": 0, "delta": []}]}]
+)
+def test_what_is_no_event_of_a_stream_is_a_value_error(event: Any, chat: bool) -> None:
+    with pytest.raises(ValueError, match="no event"):
+        Collector(chat=chat).feed(stream(event))
+
+
+@given(st.binary() | (JSON | CHOICES).map(orjson.dumps), st.lists(JSON | CHOICES), st.booleans())
+def test_whatever_comes_is_read_or_a_value_error(raw: bytes, events: list[Any], chat: bool) -> None:
+    for data in (b"data: " + raw + b"\n\n", stream(*events)):
+        collector = Collector(chat=chat)
+        with suppress(ValueError, StreamError):
+            collector.feed(data)
+            orjson.dumps(collector.answer())
