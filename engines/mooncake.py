@@ -7,6 +7,7 @@ answers nothing in return. Source: vLLM 0.32, distributed/kv_transfer/kv_connect
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import count, takewhile
 from typing import Literal
 
 from .base import JSONObject, Rank, Role, new_id
@@ -62,7 +63,8 @@ def engine_ids(query: object) -> dict[int, str]:
     """The engine id of each data-parallel rank, from a bootstrap server's `GET /query`.
 
     `query` is the parsed answer: {"0": {"engine_id": "…", "worker_addr": {tp_rank: {pp_rank: "tcp://host:port"}}}}.
-    A rank without workers is not ready and is left out. Raises ValueError when it is anything else.
+    A rank without workers is not ready and is left out; so is one behind a gap: ranks count from 0, and the server lets
+    anybody register one. Raises ValueError when it is anything else.
     """
     if not isinstance(query, dict):
         raise ValueError(f"a bootstrap server's /query is an object, this is {type(query).__name__}")
@@ -73,7 +75,7 @@ def engine_ids(query: object) -> dict[int, str]:
                 ids[int(rank)] = str(entry["engine_id"])
         except (KeyError, TypeError, ValueError) as exc:
             raise ValueError(f"unexpected entry for rank {rank!r} in a bootstrap server's /query") from exc
-    return ids
+    return {rank: ids[rank] for rank in takewhile(ids.__contains__, count())}
 
 
 def kv_transfer_config(role: Role, protocol: Protocol, *, on_cpu: bool) -> JSONObject:

@@ -34,6 +34,12 @@ def test_a_rank_without_workers_is_not_ready() -> None:
     assert mooncake.engine_ids({"0": {"engine_id": "e", "worker_addr": {}}}) == {}
 
 
+@pytest.mark.parametrize(("ranks", "known"), [("01", [0, 1]), ("07", [0]), ("1", []), ("10", [0, 1])])
+def test_a_rank_behind_a_gap_is_a_strangers_or_too_early(ranks: str, known: list[int]) -> None:
+    query = {rank: {"engine_id": "e", "worker_addr": {"0": {"0": "tcp://127.0.0.1:1"}}} for rank in ranks}
+    assert list(mooncake.engine_ids(query)) == known
+
+
 @pytest.mark.parametrize("query", [[], None, {"x": {"engine_id": "e", "worker_addr": {1: 1}}}, {"0": 5}, {"0": {}}])
 def test_anything_else_is_an_error_and_not_an_empty_identity(query: Any) -> None:
     with pytest.raises(ValueError, match="/query"):
