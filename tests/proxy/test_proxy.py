@@ -291,6 +291,25 @@ def test_metrics_count_requests_and_hand_offs_by_what_became_of_them(proxy: Prox
     assert proxy.metric("pd_node_in_flight") == 0
 
 
+def test_no_client_can_make_new_series(proxy: Proxy) -> None:
+    def series() -> set[str]:
+        lines = httpx.get(f"{proxy.url}/metrics").text.splitlines()
+        return {line.rsplit(" ", 1)[0] for line in lines if not line.startswith("#")}
+
+    def ask_oddly(word: str) -> None:
+        marks = {"x-request-id": word, "x-session-id": word}
+        body = {"model": word, "prompt": PROMPT, "user": word}
+        assert httpx.post(f"{proxy.url}/v1/completions", json=body, headers=marks).status_code == 404
+        assert httpx.post(f"{proxy.url}/v1/{word}", json=body, headers=marks).status_code == 404
+        assert httpx.request(word.upper(), f"{proxy.url}/v1/completions", headers=marks).is_client_error
+
+    ask_oddly("first")
+    before = series()
+    for number in range(20):
+        ask_oddly(f"odd{number}")
+    assert series() == before
+
+
 def test_the_openapi_page_has_the_generation_routes(proxy: Proxy) -> None:
     paths = httpx.get(f"{proxy.url}/openapi.json").json()["paths"]
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics"} <= paths.keys()
