@@ -519,6 +519,8 @@ class Exchange:
                 rest.append(chunk)
             self._pass_on(answer.status, answer.headers, b"".join(rest))
             return
+        if not (self._continues or _is_stream(answer.headers)):
+            sent = None  # it has no tokens to be noted, and reaches the client as it is
         self.status = 200
         self._client.begin(200, self._headers(answer.headers), first if sent is None else sent.feed(first))
         settings = self._plane.settings
@@ -605,6 +607,10 @@ class Exchange:
         taken = self.path if self.reason is None else f"{self.path}; reason={self.reason}"
         headers += ((b"x-pd-path", taken.encode()), (b"x-request-id", self._request.id.encode("latin-1")))
         return headers
+
+
+def _is_stream(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    return any(name == b"content-type" and kind.startswith(b"text/event-stream") for name, kind in headers)
 
 
 def _error_kind(body: bytes) -> str:

@@ -194,6 +194,21 @@ def test_a_stream_that_begins_with_an_error_is_not_a_200(decode: Sim, proxy: Pro
     assert "simulated failure" in answer.json()["error"]["message"]
 
 
+def test_what_is_no_stream_reaches_a_client_that_asked_for_one_as_it_is() -> None:
+    with (
+        sim_node("prefill", timeout_s=1) as prefill,  # this decode node takes no KV
+        sim_node("decode") as decode,
+        proxy_in_front_of(prefill, decode) as proxy,
+    ):
+        decode.control(fault="status", status=200)
+        for ask in (completion, chat):
+            answer = ask(proxy.url, stream=True)
+            assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+            assert answer.json()["error"]["message"] == "simulated failure"
+        wait_until(lambda: prefill.kv_usage() == 0, "prefill KV to be free")
+        proxy.until_at_rest()
+
+
 def test_a_stream_cut_off_by_its_node_never_ends_as_if_it_were_whole(decode: Sim, proxy: Proxy) -> None:
     decode.control(fault="drop-after", chunks=3)
     client = openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="none", max_retries=0)
