@@ -68,18 +68,20 @@ class Board:
         self._memory[end : end + _HEAD.size] = head
 
     def look(self) -> None:
-        """Read all rows; one that is being written just now, for the second time since, stays as it was."""
-        assert self._memory is not None  # noqa: S101
+        """Read of each row the newer of its writings that are whole."""
         for row in range(self._rows):
-            for writing in range(2):
-                start, end = self._place(row, writing)
-                after = self._memory[end : end + _HEAD.size]
-                number, at, length = _HEAD.unpack(after)
-                if number <= self._read.get(row, (0,))[0]:
-                    continue
-                raw = self._memory[start + _HEAD.size : start + _HEAD.size + length]
-                if self._memory[start : start + _HEAD.size] == after:
-                    self._read[row] = number, at, orjson.loads(raw)
+            number, at, raw = max(self._writing(row, 0), self._writing(row, 1))
+            if number > self._read.get(row, (0,))[0]:
+                self._read[row] = number, at, orjson.loads(raw)
+
+    def _writing(self, row: int, which: int) -> tuple[int, float, bytes]:
+        """Its number, time and data; the number is 0 when there is none, or it is being written just now."""
+        assert self._memory is not None  # noqa: S101
+        start, end = self._place(row, which)
+        after = self._memory[end : end + _HEAD.size]
+        number, at, length = _HEAD.unpack(after)
+        raw = self._memory[start + _HEAD.size : start + _HEAD.size + length]
+        return (number, at, raw) if self._memory[start : start + _HEAD.size] == after else (0, 0.0, b"")
 
     def close(self) -> None:
         """Leave the row to whoever comes next."""
