@@ -10,11 +10,11 @@ from typing import Any
 import uvloop
 
 _MOST_A_TURN = 32
-"""Those who are in already go on between two crowds."""
+"""Running streams go on between two crowds."""
 
 
 class Loop(uvloop.Loop):
-    """Takes the connections that wait, as asyncio's own loop does; libuv takes one a turn of the loop.
+    """Takes a crowd of connections in one turn of the loop, as asyncio's own does; libuv takes one.
 
     A turn of a busy proxy lasts some 10 ms, so that of 300 clients who come at once the last would be heard after
     seconds, while those who are in are served again and again.
@@ -24,28 +24,28 @@ class Loop(uvloop.Loop):
         self, protocol_factory: Callable[[], asyncio.BaseProtocol], *args: Any, ssl: SSLContext | None = None, **kw: Any
     ) -> asyncio.AbstractServer:
         """As asyncio's. Raises what that raises."""
-        door = _Door(self, protocol_factory, ssl)
-        server = door.server = await super().create_server(door.opened, *args, ssl=ssl, **kw)
+        acceptor = _Acceptor(self, protocol_factory, ssl)
+        server = acceptor.server = await super().create_server(acceptor.made, *args, ssl=ssl, **kw)
         return server
 
 
-class _Door:
-    """Whenever uvloop has taken one connection, all others that wait are taken too."""
+class _Acceptor:
+    """Whenever uvloop has taken one connection, others that wait are taken too."""
 
     def __init__(self, loop: Loop, factory: Callable[[], asyncio.BaseProtocol], ssl: SSLContext | None) -> None:
         self._loop, self._factory, self._ssl = loop, factory, ssl
-        self._is_open = False
+        self._is_due = False
         self._beginning: set[asyncio.Task[Any]] = set()
         self.server: Any = None  # before it is made, nobody comes
 
-    def opened(self) -> asyncio.BaseProtocol:
-        if not self._is_open:
-            self._is_open = True
-            self._loop.call_soon(self._let_in)
+    def made(self) -> asyncio.BaseProtocol:
+        if not self._is_due:
+            self._is_due = True
+            self._loop.call_soon(self._accept_waiting)
         return self._factory()
 
-    def _let_in(self) -> None:
-        self._is_open = False
+    def _accept_waiting(self) -> None:
+        self._is_due = False
         if not self.server.is_serving():
             return
         for listening in self.server.sockets:
