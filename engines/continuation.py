@@ -23,7 +23,8 @@ _REASONING = b'"reasoning":"'
 _END_OF_EVENT = b"\n\n"
 _END_OF_CHUNK = b"\n\n\r\n"
 _DONE = b"data: [DONE]"
-_ERROR = b'data: {"error"'
+ERROR_EVENT = b'data: {"error"'
+"""How it begins. In the text of another event its quotes would be escaped."""
 _EVENT = b'data: {"id":'
 _NO_TEXT = b':"'
 """How an event without text ends before its text's closing quote; a quote within a text has a backslash before it."""
@@ -112,8 +113,8 @@ class SentTokens:
         self.is_finished = False
         """The choice has ended: all that can be missing is the usage, and the end mark."""
         self.is_done = False
-        self.error: str | None = None
-        """What the node said when its engine died under it: an error as an event. The client does not see it."""
+        self.has_failed = False
+        """Its engine died under the node, which then sends an error as an event. The client does not see it."""
         self._has_reasoning = False
 
     def in_frames(self, data: bytes) -> bytes | None:
@@ -164,7 +165,7 @@ class SentTokens:
 
     def feed(self, data: bytes) -> bytes:
         """All events that are complete now. What comes of an event before its end is kept until it is whole."""
-        if self.error is not None:
+        if self.has_failed:
             return b""
         data = self._rest + data
         end = data.rfind(_END_OF_EVENT) + len(_END_OF_EVENT)
@@ -172,9 +173,8 @@ class SentTokens:
             self._rest = data
             return b""
         whole, self._rest = data[:end], data[end:]
-        if _ERROR in whole:
-            whole, _, error = whole.partition(_ERROR)
-            self.error = (_ERROR + error).split(_END_OF_EVENT, 1)[0].decode("utf-8", "replace")
+        if ERROR_EVENT in whole:
+            whole, self.has_failed = whole.partition(ERROR_EVENT)[0], True
         if not self.first_event:
             self.first_event = whole.split(_END_OF_EVENT, 1)[0]
         self._note(whole)

@@ -180,14 +180,6 @@ def error_body(message: str, kind: str, status: int, param: str | None = None) -
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
-def is_error_body(raw: bytes) -> bool:
-    """Whether a node's answer is an error in OpenAI's shape, which a client can be shown."""
-    try:
-        return isinstance(orjson.loads(raw)["error"]["message"], str)
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return False
-
-
 def _may_forward_ids(body: JSONObject) -> bool:
     """The decode node renders the prompt itself for `echo`, and for anything but text."""
     messages = body.get("messages")
@@ -231,7 +223,7 @@ def _asks_for(body: JSONObject, field: str, usual: int) -> bool:
 
 def _is_prompt_list(prompt: Any) -> bool:
     """True unless `prompt` is one sequence: a string or a flat list of token ids."""
-    return isinstance(prompt, list) and not all(type(item) is int for item in prompt)
+    return isinstance(prompt, list) and not set(map(type, prompt)) <= {int}  # in C: there may be a million
 
 
 def _json_type(value: object) -> str:

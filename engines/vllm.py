@@ -13,6 +13,10 @@ Device = Literal["cpu", "cuda"]
 OWNED_FLAGS = frozenset({"--host", "--port", "--model", "--served-model-name", "--kv-transfer-config", "--uds"})
 """Flags the plan decides; passing them through would start something other than what was checked."""
 
+_NO_DOMAIN = "none.invalid"
+"""The one media may be fetched from, and it can never exist (RFC 2606): the proxy fetches media, and checks from where.
+A node that dials what a client names is a way into its network (CVE-2025-6242)."""
+
 KV_CACHE_USAGE = "vllm:kv_cache_usage_perc"
 PROMPT_TOKENS_BY_SOURCE = "vllm:prompt_tokens_by_source_total"
 REQUESTS_RUNNING = "vllm:num_requests_running"
@@ -74,6 +78,7 @@ def arguments(launch: Launch) -> list[str]:
     args = ["--model", launch.model, "--served-model-name", launch.served_model_name]
     args += ["--host", launch.host, "--port", str(launch.port)]
     args += ["--kv-transfer-config", json.dumps(config, separators=(",", ":"))]
+    args += ["--allowed-media-domains", _NO_DOMAIN]
     args += ["--enable-prompt-tokens-details"]  # without it nobody can tell cached tokens from transferred ones
     if launch.max_model_len is not None:
         args += ["--max-model-len", str(launch.max_model_len)]

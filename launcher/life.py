@@ -43,7 +43,7 @@ class Life:
 
     async def begin(self, spec: Process, run_id: str, folder: Path) -> None:
         """The first life or a new one, in `folder`. Raises PortBusyError when a port of its is taken, LauncherError."""
-        self.spec, self.state, self.since = spec, "starting", time.time()
+        self.spec, self.state, self.since = spec, "starting", time.time()  # noqa: TID251  for people, and the next launcher
         self.log_begins = spec.log.stat().st_size if spec.log.exists() else 0
         self._hold = Hold(spec.ports)
         self.child = await Child.start(spec, run_id, folder)

@@ -53,7 +53,7 @@ class Supervisor:
         self._record = Record(folder, progress.say)
         self._progress = progress
         self._run_id = uuid.uuid4().hex
-        self._began = time.time()
+        self._began = time.time()  # noqa: TID251  for people, and the next launcher
         self._phase: Phase = "starting"
         self._lives: dict[str, Life] = {}
         self._draining: set[str] = set()
@@ -240,7 +240,7 @@ class Supervisor:
             id=self._run_id, launcher=os.getpid(), phase=self._phase, engine=plan.engine, connector=plan.connector,
             model=plan.served_model_name, proxy_url=plan.proxy_url, temporary=plan.temporary, control=self._control,
             machine=this_machine(), stops_within_s=4 * self._config.stop_timeout_s + _STOPS_WITHIN_S,
-            began=self._began, written=time.time(), proven=self._proven, children=children,
+            began=self._began, written=time.time(), proven=self._proven, children=children,  # noqa: TID251  for people, and the next launcher
         )  # fmt: skip
         self._record.state(state)
 

@@ -15,6 +15,7 @@ background.py  work that outlives its request
 accepting.py   the event loop: how new connections are taken
 server.py      one client's connection
 transport.py   the HTTP/1.1 client of the hot path
+passing.py     what a stream's bytes go through on their way
 admission.py   how many are inside, who waits, who is told to come back later
 keys.py        who may ask
 

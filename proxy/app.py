@@ -31,6 +31,7 @@ from .errors import (
     ClientGoneError,
     ClientStalledError,
     NodeAnsweredError,
+    NodeError,
     NoNodeError,
     OverloadedError,
     ProxyError,
@@ -41,7 +42,7 @@ from .failover import RetryBudget
 from .health import Prober
 from .keys import KeyCheck
 from .media import Media
-from .metrics import Metrics, observe_loop_lag
+from .metrics import Metrics, observe_loop
 from .pool import Limits, Node, Pool, Share
 from .release import Releaser
 from .server import ClientConnection, refuse_unless_json
@@ -109,12 +110,12 @@ class Parts:
         work = [
             ("prober", self.prober.run()),
             ("late clients", late),
-            ("loop lag", observe_loop_lag(self.plane.metrics.loop_lag_seconds)),
+            ("event loop", observe_loop(self.plane.metrics)),
         ]
         if self.board.is_shared:
             work.append(("board", self._share_for_ever()))
         if self.settings.topology_file:
-            work.append(("topology", topology.follow(self.settings.topology_file, self.pool)))
+            work.append(("topology", topology.follow(self.settings.topology_file, self.pool, self.prober.meet)))
         if self.settings.admin_port and self.settings.topology_file and self.settings.admin_key:
             listening = (self.settings.admin_host, self.settings.admin_port)
             work.append(("admin", admin.serve(*listening, self.settings.topology_file, self.settings.admin_key)))
@@ -197,7 +198,7 @@ def _add_information_routes(app: FastAPI, parts: Parts) -> None:
         may_do_without = parts.settings.without_prefill == "aggregated"
         return pool.has(Role.DECODE) and (may_do_without or pool.has(Role.PREFILL))
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         """200 when requests are answered; says of each node why it gets none.
 
@@ -343,9 +344,10 @@ def _tell(client: ClientConnection, error: ProxyError, request_id: str) -> None:
     headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode("latin-1"))]
     if isinstance(error, NodeAnsweredError):
         headers += [header for header in error.headers if header[0] == b"retry-after"]
-        body = error.body if openai.is_error_body(error.body) else body
     elif isinstance(error, NoNodeError | OverloadedError):
         headers.append((b"retry-after", str(error.retry_after_s).encode()))
+    elif isinstance(error, NodeError) and not error.may_be_retried:
+        headers.append((b"x-should-retry", b"false"))  # OpenAI's clients obey it; by themselves they retry every 5xx
     client.answer(error.status, headers, body)
 
 

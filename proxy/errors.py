@@ -12,7 +12,7 @@ ProxyError
 └── NodeError                502  a node failed us: another one may not
     ├── NodeUnreachableError 502  ... it takes no connection
     ├── NodeTimeoutError     504  ... by silence
-    ├── NodeAnsweredError         ... by an answer that says so, which is passed on as it came
+    ├── NodeAnsweredError    5xx  ... by an answer that says so, or 429; its words stay here: they may tell of paths
     └── NodeBrokeOffError    502  ... after its answer had begun
 """
 
@@ -20,6 +20,13 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
+
+_KINDS = {
+    429: "TooManyRequestsError",
+    502: "BadGatewayError",
+    503: "ServiceUnavailableError",
+    504: "GatewayTimeoutError",
+}
 
 
 class ProxyError(Exception):
@@ -103,11 +110,12 @@ class NodeTimeoutError(NodeError):
 
 
 class NodeAnsweredError(NodeError):
-    """A 5xx or a 429, whole: what the client gets when no other node does better."""
+    """A 5xx or a 429: its status is what the client gets when no other node does better."""
 
     def __init__(self, node: str, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
-        super().__init__(f"node {node} answered {status}")
+        super().__init__(f"node {node} answered {status}", "Its own log tells why")
         self.status = status
+        self.kind = _KINDS.get(status, "InternalServerError")
         self.headers = headers
         self.body = body
 

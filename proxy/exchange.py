@@ -21,7 +21,7 @@ import orjson
 from engines import continuation, openai
 from engines.base import HandOff, JSONObject, PrefillRefusedError, Rank, Role
 from engines.collect import Collector, StreamError
-from engines.continuation import SentTokens
+from engines.continuation import ERROR_EVENT, SentTokens
 from engines.openai import Prefilled
 from engines.routes import COMPLETIONS, HANDED_OFF, Route
 
@@ -41,6 +41,7 @@ from .errors import (
     ProxyError,
 )
 from .metrics import Metrics
+from .passing import AsItIs, Through
 from .pool import Node, Pool
 from .release import Releaser
 from .resume import CannotContinueError, Continued
@@ -48,7 +49,6 @@ from .transport import Answer, Deadline, Headers, NodeClients
 
 logger = logging.getLogger("pd_proxy")
 
-_ERROR_EVENT = b'data: {"error"'
 _PASSED_TO_CLIENT = (b"content-type", b"retry-after")
 _JSON = (b"content-type", b"application/json")
 _SEE_OFF_S = 5.0
@@ -70,7 +70,7 @@ class Client(Protocol):
     def begin(self, status: int, headers: Iterable[tuple[bytes, bytes]], first: bytes) -> None: ...
 
     async def relay(
-        self, answer: Answer, deadline: Deadline, sent: SentTokens | None, *, silence_s: float, stall_s: float
+        self, answer: Answer, deadline: Deadline, through: Through, *, silence_s: float, stall_s: float
     ) -> None: ...
 
     def write(self, chunk: bytes) -> None: ...
@@ -335,7 +335,10 @@ class Exchange:
                 collector.feed(chunk)
                 chunk = await answer.chunk(self._until(silence_s, "send anything"))
         except StreamError as exc:
-            raise self._counted(node, NodeError(f"decode node {node.spec.name} failed: {exc}")) from exc
+            failed = NodeError(
+                f"decode node {node.spec.name} failed in the middle of its answer", "Its own log tells why"
+            )
+            raise self._counted(node, failed) from exc
         except ValueError as exc:
             unreadable = NodeError(f"decode node {node.spec.name} sent a stream that cannot be read")
             raise self._counted(node, unreadable) from exc
@@ -356,7 +359,7 @@ class Exchange:
         answer = await self._hand_over(node, body, deadline)
         try:
             first = await answer.chunk()
-            if answer.status == 200 and first.startswith(_ERROR_EVENT):
+            if answer.status == 200 and first.startswith(ERROR_EVENT):
                 raise self._failure_in(first, node)
         except NodeError as exc:
             answer.close()
@@ -426,7 +429,7 @@ class Exchange:
         if isinstance(code, int) and 400 <= code < 500:
             self._give_back()
             return NodeRefusedError(code, error)
-        return NodeError(f"decode node {node.spec.name} failed: {error.get('message', 'it began with an error')}")
+        return NodeError(f"decode node {node.spec.name} began its answer with an error", "Its own log tells why")
 
     def _give_back(self) -> None:
         if self._pinned is not None:
@@ -521,15 +524,16 @@ class Exchange:
             return
         if not (self._continues or _is_stream(answer.headers)):
             sent = None  # it has no tokens to be noted, and reaches the client as it is
+        through = sent or AsItIs()
         self.status = 200
-        self._client.begin(200, self._headers(answer.headers), first if sent is None else sent.feed(first))
+        self._client.begin(200, self._headers(answer.headers), through.feed(first))
         settings = self._plane.settings
         begun = time.perf_counter()
         try:
             await self._client.relay(
                 answer,
                 self._deadline,
-                sent,
+                through,
                 silence_s=settings.decode_silence_timeout_s,
                 stall_s=settings.client_stall_timeout_s,
             )

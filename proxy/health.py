@@ -63,8 +63,12 @@ class Prober:
         self._progress = {node: seen for node, seen in self._progress.items() if node in nodes}
         self._late = {node: times for node, times in self._late.items() if node in nodes}
         self._watch.forget_all_but(nodes)
-        await asyncio.gather(*(self._probe(node) for node in nodes))
+        await self.meet(nodes)
         self._after_a_round()
+
+    async def meet(self, nodes: list[Node]) -> None:
+        """Probe these once, all at the same time."""
+        await asyncio.gather(*(self._probe(node) for node in nodes))
 
     async def close(self) -> None:
         for client in self._clients.values():

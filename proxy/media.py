@@ -7,6 +7,7 @@ import asyncio
 import base64
 import ipaddress
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -35,13 +36,12 @@ class Media:
 
         The client's body is edited in place where it has such URLs. Raises BadRequestError.
         """
-        parts = list(_remote_parts(body))
-        if parts:
-            urls = {part[part["type"]]["url"] for part in parts}
+        places = list(_remote(body))
+        if places:
+            urls = {holder[key] for holder, key in places}
             fetched = dict(zip(urls, await asyncio.gather(*(self._fetch(url) for url in urls)), strict=True))
-            for part in parts:
-                media = part[part["type"]]
-                media["url"] = fetched[media["url"]]
+            for holder, key in places:
+                holder[key] = fetched[holder[key]]
         return body
 
     async def _fetch(self, url: str) -> str:
@@ -86,18 +86,35 @@ class Media:
         return addresses[0]
 
 
-def _remote_parts(body: JSONObject) -> list[Any]:
-    messages = body.get("messages")
-    if not isinstance(messages, list):
-        return []
-    contents = [message["content"] for message in messages if isinstance(message, dict) and "content" in message]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return [part for part in parts if _url_of(part).startswith(("http://", "https://"))]
+def _remote(body: JSONObject) -> Iterator[tuple[JSONObject, str]]:
+    """(object, key) of every http(s) URL that a node would fetch, in the shapes vLLM knows.
+
+    `{"image_url": {"url": …}}` and `{"image_url": …}`, with a type or without, in chat and responses, and
+    `{"source": {"url": …}}` in messages (vllm/renderers/chat_utils.py, entrypoints/anthropic/serving.py).
+    """
+    for message in (*_objects(body.get("messages")), *_objects(body.get("input"))):
+        for block in (*_blocks(message.get("content")), *_blocks(message.get("output"))):
+            for holder, key in _places(block):
+                url = holder.get(key)
+                if isinstance(url, str) and url[:8].lower().lstrip().startswith("http"):
+                    yield holder, key
 
 
-def _url_of(part: Any) -> str:
-    if not isinstance(part, dict) or part.get("type") not in _KINDS:
-        return ""
-    media = part.get(part["type"])
-    url = media.get("url") if isinstance(media, dict) else None
-    return url if isinstance(url, str) else ""
+def _blocks(content: Any) -> Iterator[JSONObject]:
+    """The blocks of a message's content, and those within them: of a tool's result."""
+    for block in _objects(content):
+        yield block
+        yield from _blocks(block.get("content"))
+
+
+def _places(block: JSONObject) -> Iterator[tuple[JSONObject, str]]:
+    for kind in _KINDS:
+        media = block.get(kind)
+        yield (media, "url") if isinstance(media, dict) else (block, kind)
+    source = block.get("source")
+    if isinstance(source, dict):
+        yield source, "url"
+
+
+def _objects(value: Any) -> list[JSONObject]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []

@@ -21,7 +21,7 @@ from .pool import Pool
 from .transfer import TransferWatch
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-_LAG_EVERY_S = 0.5
+_LOOK_EVERY_S = 0.5
 _BETWEEN = "\n"
 """Between the label values of one count, in a key."""
 
@@ -67,6 +67,7 @@ class Metrics:
         self.in_flight = 0
         self.queued = 0
         self.releases_pending = 0
+        self.tasks = 0
         self.prefill_seconds = Seconds("Prefill leg, request to answer.")
         self.time_to_first_event_seconds = Seconds("Client request to the first byte of decode's answer.")
         self.hand_off_seconds = Seconds("Decode leg, request to first event: its queue, the KV's way, the first step.")
@@ -82,6 +83,7 @@ class Metrics:
                 "requests_in_flight": self.in_flight,
                 "requests_queued": self.queued,
                 "releases_pending": self.releases_pending,
+                "tasks": self.tasks,
             },
             "seconds": {name: [*seconds.buckets, seconds.sum] for name, seconds in self._of(Seconds)},
         }
@@ -106,12 +108,13 @@ class Metrics:
         return generate_latest(registry)
 
 
-async def observe_loop_lag(lag: Seconds) -> None:
-    """For ever: how much later than asked for the loop comes back."""
+async def observe_loop(metrics: Metrics) -> None:
+    """For ever: how much later than asked for the event loop comes back, and how many tasks it has."""
     while True:
-        due = time.monotonic() + _LAG_EVERY_S
-        await asyncio.sleep(_LAG_EVERY_S)
-        lag.observe(max(0.0, time.monotonic() - due))
+        due = time.monotonic() + _LOOK_EVERY_S
+        await asyncio.sleep(_LOOK_EVERY_S)
+        metrics.loop_lag_seconds.observe(max(0.0, time.monotonic() - due))
+        metrics.tasks = len(asyncio.all_tasks())
 
 
 class _Own(Collector):

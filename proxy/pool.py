@@ -1,7 +1,7 @@
 """What the proxy knows of each node, and which one a request gets. No I/O: probes and exchanges report here."""
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from engines import topology, vllm
@@ -143,9 +143,17 @@ class Pool:
         self._turn = dict.fromkeys(Role, 0)
         self.replace(nodes)
 
-    def replace(self, nodes: topology.Topology) -> None:
-        """Use these nodes from now on. One that stays keeps its state; one that goes finishes what it has."""
-        known = {_identity(node.spec): node for node in self}
+    def newcomers(self, nodes: topology.Topology) -> list[Node]:
+        """Those of the nodes that are not known here."""
+        known = {_identity(node.spec) for node in self}
+        return [Node(spec) for spec in nodes.nodes if _identity(spec) not in known]
+
+    def replace(self, nodes: topology.Topology, newcomers: Iterable[Node] = ()) -> None:
+        """Use these nodes from now on. One that stays keeps its state; one that goes finishes what it has.
+
+        `newcomers`: what is already known of those that come.
+        """
+        known = {_identity(node.spec): node for node in (*self, *newcomers)}
         self._nodes = {role: [] for role in Role}
         for spec in nodes.nodes:
             node = known.get(_identity(spec)) or Node(spec)

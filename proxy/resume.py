@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from typing import Protocol
 
-from engines.continuation import Joint, SentTokens
+from engines.continuation import Joint
 
 from .errors import NodeBrokeOffError
+from .passing import Through
 from .transport import Answer, Deadline
 
 
@@ -59,15 +60,14 @@ class Continued:
         self._client.finish()
 
     async def relay(
-        self, answer: Answer, deadline: Deadline, sent: SentTokens | None, *, silence_s: float, stall_s: float
+        self, answer: Answer, deadline: Deadline, through: Through, *, silence_s: float, stall_s: float
     ) -> None:
         """Every event is looked into, unlike in a stream that nothing happens to. Raises NodeError."""
-        assert sent is not None  # noqa: S101  a continuation is itself one that can be continued
         while chunk := await answer.chunk(Deadline(min(silence_s, deadline.left_s), "send anything")):
-            self.write(sent.feed(chunk))
+            self.write(through.feed(chunk))
             await self._client.drained(stall_s)
-            if sent.error is not None:
-                raise NodeBrokeOffError(f"the node failed in the middle of its answer: {sent.error}")
-        if not sent.is_done:
+            if through.has_failed:
+                raise NodeBrokeOffError("the node failed in the middle of its answer")
+        if not through.is_done:
             raise NodeBrokeOffError("the node ended its stream before its end")
         self.finish()

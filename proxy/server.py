@@ -12,21 +12,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Final, Literal, Protocol, cast
 
+import httptools
 import orjson
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from engines import openai
-from engines.continuation import SentTokens
 
 from .errors import BadRequestError, ClientGoneError, ClientStalledError, NodeBrokeOffError, ProxyError
-from .transport import Answer, Deadline, Sink, are_whole_frames
+from .passing import Through
+from .transport import Answer, Deadline, Sink
 
 _CONNECTION: Final = "pd_proxy.connection"
 _CYCLE: Final = "pd_proxy.cycle"
 _END: Final = b"0\r\n\r\n"
 _MOST_HEAD_BYTES: Final = 64 * 1024
 _MOST_HEADERS: Final = 128
+_OF_A_REQUEST: Final = frozenset({("1.1", 1), ("1.0", 1), ("1.0", 0)})
+"""HTTP version and number of Host headers: RFC 9112 §3.2; the parser does not look."""
+_OF_AN_UPGRADE: Final = frozenset({b"upgrade", b"connection", b"http2-settings"})
 _LOOK_EVERY_S: Final = 1.0
 
 
@@ -61,6 +65,31 @@ class ClientProtocol(HttpToolsProtocol):
         self.since = time.monotonic()
         ClientProtocol.all.add(self)
 
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as exc:
+            self._go_on_without_upgrade(data[exc.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("")
+
+    def _go_on_without_upgrade(self, rest: bytes) -> None:
+        """Java's client asks every server for HTTP/2, by an Upgrade that may be ignored (RFC 9110 §7.8).
+
+        The parser takes what follows for another protocol, so another parser is given the same head without it.
+        """
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        if method == b"CONNECT":
+            self.send_400_response("")
+            return
+        headers = [header for header in self.headers if header[0] not in _OF_AN_UPGRADE]
+        if not self.parser.should_keep_alive():
+            headers.append((b"connection", b"close"))
+        self.parser = httptools.HttpRequestParser(self)
+        lines = [b"%b %b HTTP/%b\r\n" % (method, self.url, version), *(b"%b: %b\r\n" % header for header in headers)]
+        self.data_received(b"".join((*lines, b"\r\n", rest)))
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.waits_for, self.since, self._head_bytes, self._has_begun = "head", time.monotonic(), 0, True
@@ -74,6 +103,11 @@ class ClientProtocol(HttpToolsProtocol):
         self._count(len(name) + len(value) + 4)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        version, hosts = self.parser.get_http_version(), sum(name == b"host" for name, _ in self.headers)
+        if (version, hosts) not in _OF_A_REQUEST:
+            raise ValueError("not a request of HTTP/1")  # ends the parsing
         super().on_headers_complete()
         self.scope[_CONNECTION] = self  # type: ignore[typeddict-unknown-key]
         self.scope[_CYCLE] = self.cycle  # type: ignore[typeddict-unknown-key]
@@ -81,9 +115,12 @@ class ClientProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
-        self.since = time.monotonic()
+        if not self.cycle.response_complete:  # who is answered, and goes on sending, is not heard for ever
+            self.since = time.monotonic()
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         super().on_message_complete()
         self.waits_for = None
 
@@ -185,6 +222,9 @@ class ClientConnection:
         """The whole request body. Raises BodyTooLargeError, or ClientGoneError."""
         chunks: list[bytes] = []
         size = 0
+        told = self.header(b"content-length") or b"0"
+        if int(told) > most_bytes:
+            raise BodyTooLargeError(f"the request body is larger than {most_bytes} bytes")
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
@@ -233,30 +273,27 @@ class ClientConnection:
         self._write(self._frame(chunk))
 
     async def relay(
-        self, answer: Answer, deadline: Deadline, sent: SentTokens | None, *, silence_s: float, stall_s: float
+        self, answer: Answer, deadline: Deadline, through: Through, *, silence_s: float, stall_s: float
     ) -> None:
         """The rest of a node's answer, each chunk written in the turn of the loop in which it came.
 
-        `sent`, if given, sees all of it on its way. A client that takes no more stops its node, and not for longer
-        than `stall_s`. Raises NodeError, or ClientStalledError.
+        A client that takes no more stops its node, and not for longer than `stall_s`. Raises NodeError, or
+        ClientStalledError.
         """
         connection = self._connection
 
         def write(pieces: Sequence[bytes], *, ended: bool) -> Exception | None:
-            if sent is None:
-                self._take(pieces, ended=ended)
-                return None
-            self._take([sent.feed(b"".join(pieces))], ended=ended and sent.is_done)
-            if sent.error is not None:
-                return NodeBrokeOffError(f"the node failed in the middle of its answer: {sent.error}")
-            return NodeBrokeOffError("the node ended its stream before its end") if ended and not sent.is_done else None
+            self._take(through.feed(b"".join(pieces)), ended=ended and through.is_done and not through.has_failed)
+            if through.has_failed:
+                return NodeBrokeOffError("the node failed in the middle of its answer", "Its own log tells why")
+            early = ended and not through.is_done
+            return NodeBrokeOffError("the node ended its stream before its end") if early else None
 
         connection.source = answer
         if connection.flow.write_paused:
             answer.pause()
         try:
-            in_frames = _as_it_is if sent is None else sent.in_frames
-            frames = (in_frames, connection.transport.write) if self._framed else None
+            frames = (through.in_frames, connection.transport.write) if self._framed else None
             await answer.pipe(Sink(write, frames, deadline, silence_s=silence_s, stall_s=stall_s))
         finally:
             connection.source = None
@@ -287,11 +324,8 @@ class ClientConnection:
         else:
             self._connection.transport.abort()
 
-    def _take(self, pieces: Sequence[bytes], *, ended: bool) -> None:
-        framed = [self._frame(piece) for piece in pieces]
-        if ended and self._framed:
-            framed.append(_END)
-        self._write(*framed)
+    def _take(self, data: bytes, *, ended: bool) -> None:
+        self._write(self._frame(data), _END if ended and self._framed else b"")
 
     def _frame(self, chunk: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._framed and chunk else chunk
@@ -320,10 +354,6 @@ class ClientConnection:
         if not cycle.keep_alive:
             self._connection.transport.close()
         cycle.on_response()
-
-
-def _as_it_is(data: bytes) -> bytes | None:
-    return data if are_whole_frames(data) else None
 
 
 def refuse_unless_json(connection: ClientConnection) -> None:

@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from engines.topology import Topology
 
-from .pool import Pool
+from .pool import Node, Pool
 
 logger = logging.getLogger("pd_proxy.topology")
 _LOOK_EVERY_S = 0.5
@@ -30,8 +31,11 @@ def read(path: Path) -> Topology:
         raise TopologyError(f"{path} is not a topology: {where}: {first['msg']}") from exc
 
 
-async def follow(path: Path, pool: Pool) -> None:
-    """Apply every change of the file to the pool, for ever. A file that cannot be used changes nothing."""
+async def follow(path: Path, pool: Pool, meet: Callable[[list[Node]], Awaitable[None]]) -> None:
+    """Apply every change of the file to the pool, for ever. A file that cannot be used changes nothing.
+
+    Nodes are met (probed) before they come, so that they can serve when those they stand in for go.
+    """
     applied = _stamp(path)
     while True:
         await asyncio.sleep(_LOOK_EVERY_S)
@@ -40,7 +44,10 @@ async def follow(path: Path, pool: Pool) -> None:
             continue
         applied = stamp
         try:
-            pool.replace(read(path))
+            nodes = read(path)
+            newcomers = pool.newcomers(nodes)
+            await meet(newcomers)
+            pool.replace(nodes, newcomers)
         except TopologyError as exc:
             logger.warning("topology left as it was: %s", exc)
         else:

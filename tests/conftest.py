@@ -37,15 +37,11 @@ def _pair() -> Iterator[tuple[Sim, Sim, Proxy]]:
 
 @pytest.fixture
 def pair(_pair: tuple[Sim, Sim, Proxy]) -> Iterator[tuple[Sim, Sim, Proxy]]:
-    """One simulated prefill node, one simulated decode node, a proxy. Well at the start, and asked to leave nothing."""
+    """One simulated prefill node, one simulated decode node, a proxy. Well at the start; nothing is left in the end."""
     prefill, decode, proxy = _pair
-    for node in (prefill, decode):
-        node.control()
     proxy.until_usable(2)
-    proxy.until_at_rest()  # a release that is still being tried would meet the next test's fault
     yield _pair
-    for node in (prefill, decode):
-        node.control()
+    proxy.must_leave_nothing([prefill, decode])
 
 
 @pytest.fixture

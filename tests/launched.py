@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 
-from tests.processes import ROOT, free_port, free_range, metric, wait_until
+from tests.processes import ROOT, free_port, free_range, http, metric, wait_until
 
 PD_LAUNCH = (sys.executable, "-P", "-m", "launcher.cli")
 STOP_PATIENCE_S = 120
@@ -56,7 +55,7 @@ class Up:
 
     def health(self) -> dict[str, Any]:
         """What the proxy's /health says of each node, by its name."""
-        return {node["name"]: node for node in httpx.get(f"{self.url}/health", timeout=30).json()["nodes"]}
+        return {node["name"]: node for node in http.get(f"{self.url}/health", timeout=30).json()["nodes"]}
 
     def until_well(self) -> None:
         everyone = "all nodes to be used again"

@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from tests.processes import events, metric, wait_until
+from tests.processes import events, http, metric, openai_client, wait_until
 
 MODEL = "tiny"
 PROMPT = "Prefill computes the KV cache of a prompt, and decode generates from it. " * 4
@@ -61,7 +61,7 @@ def _nothing_is_left(request: pytest.FixtureRequest) -> Any:
 
 
 def post(url: str, path: str, body: dict[str, Any], **options: Any) -> httpx.Response:
-    return httpx.post(f"{url}{path}", json=body, timeout=120, **options)
+    return http.post(f"{url}{path}", json=body, timeout=120, **options)
 
 
 def path_of(body: dict[str, Any]) -> str:
@@ -229,6 +229,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "max_tokens 0": COMPLETION | {"max_tokens": 0},
     "too many logprobs": COMPLETION | {"logprobs": 30},
     "two greedy choices": COMPLETION | {"n": 2},
+    "an absurd number of choices": COMPLETION | {"n": 10**9, "temperature": 1},
     "stream options without a stream": COMPLETION | {"stream_options": {"include_usage": True}},
     "no messages": CHAT | {"messages": []},
     "messages that are a string": CHAT | {"messages": "x"},
@@ -287,15 +288,14 @@ def test_clients_that_leave_at_any_moment_leave_nothing_behind(system: System, s
 
 def _leave_after(system: System, body: dict[str, Any], seconds: float) -> None:
     timeout = httpx.Timeout(60, read=seconds)
-    with httpx.stream("POST", f"{system.proxy}/v1/completions", json=body, timeout=timeout) as answer:
+    with http.stream("POST", f"{system.proxy}/v1/completions", json=body, timeout=timeout) as answer:
         next(answer.iter_raw(), None)
 
 
 def test_the_openai_clients_own_streaming_helper_runs_clean(system: System) -> None:
-    client = openai.OpenAI(base_url=f"{system.proxy}/v1", api_key="none", max_retries=0, timeout=120)
-    with client.chat.completions.stream(
-        model=MODEL, messages=CHAT["messages"], max_tokens=8, temperature=0, stream_options={"include_usage": True}
-    ) as stream:
+    asked: Any = {"model": MODEL, "messages": CHAT["messages"], "max_tokens": 8, "temperature": 0}
+    asked["stream_options"] = {"include_usage": True}
+    with openai_client(system.proxy) as client, client.chat.completions.stream(**asked) as stream:
         kinds: list[str] = []
         try:
             kinds.extend(event.type for event in stream)
@@ -313,7 +313,7 @@ def test_routes_that_one_node_answers(system: System) -> None:
     assert ids(system.proxy) == ids(system.decode)
     text = post(system.proxy, "/detokenize", {"model": MODEL, "tokens": ids(system.proxy)}).json()["prompt"]
     assert text == "hello"
-    assert httpx.get(f"{system.proxy}/version").json() == httpx.get(f"{system.decode}/version").json()
+    assert http.get(f"{system.proxy}/version").json() == http.get(f"{system.decode}/version").json()
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).parent.parent
 MODEL = "tiny"
 PATIENCE_S = 60
 """A limit for hopeless waits, not a measure: tests wait for states."""
+MOST_TASKS_AT_REST = 32
+"""The proxy's own, of some workers, and those of a probe."""
+
+http = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))
+"""`httpx.get` and its like, but for the 40 ms that each of them takes to read the world's certificates."""
 
 # Below the ephemeral range, clear of pd-launch's own ranges; a run starts anywhere in it so that two seldom meet.
 _PORTS = itertools.cycle(range(10_000, 18_900))
@@ -97,10 +104,10 @@ class Sim:
     process: "subprocess.Popen[str]"
 
     def control(self, **faults: Any) -> None:
-        httpx.post(f"{self.url}/sim", json=faults).raise_for_status()
+        http.post(f"{self.url}/sim", json=faults).raise_for_status()
 
     def state(self) -> dict[str, Any]:
-        state: dict[str, Any] = httpx.get(f"{self.url}/sim").json()
+        state: dict[str, Any] = http.get(f"{self.url}/sim").json()
         return state
 
     def received(self, path: str = "/v1/") -> list[dict[str, Any]]:
@@ -111,6 +118,12 @@ class Sim:
 
     def kv_usage(self) -> float:
         return self.metric("vllm:kv_cache_usage_perc")
+
+    def until_free(self) -> None:
+        """No request, no KV held, nobody waiting for KV."""
+        wait_until(lambda: self.metric("vllm:num_requests_running") == 0, f"no request to run on {self.role}")
+        wait_until(lambda: self.kv_usage() == 0, f"{self.role} KV to be free")
+        wait_until(lambda: self.state()["waiting_pulls"] == 0, f"nobody to wait for KV on {self.role}")
 
 
 @contextmanager
@@ -140,7 +153,7 @@ def sim_node(  # noqa: PLR0913  a node's settings
         bootstrap = f"http://127.0.0.1:{bootstrap_port}"
     with running(command, env) as process:
         node = Sim(role, f"http://127.0.0.1:{port}", bootstrap, process)
-        wait_until(lambda: httpx.get(f"{node.url}/health").is_success, f"{role} simulator")
+        wait_until(lambda: http.get(f"{node.url}/health").is_success, f"{role} simulator")
         yield node
 
 
@@ -152,7 +165,7 @@ class Proxy:
     process: "subprocess.Popen[str]"
 
     def health(self) -> dict[str, Any]:
-        health: dict[str, Any] = httpx.get(f"{self.url}/health").json()
+        health: dict[str, Any] = http.get(f"{self.url}/health").json()
         return health
 
     def metric(self, series: str, **labels: str) -> float:
@@ -163,10 +176,41 @@ class Proxy:
             lambda: sum(node["usable"] for node in self.health()["nodes"]) == nodes, f"{nodes} usable nodes in /health"
         )
 
+    def until_all_take_turns(self, nodes: int) -> None:
+        """... and none of them is remembered as failing."""
+        self.until_usable(nodes)
+        body = {"model": MODEL, "prompt": "x", "max_tokens": 1}
+        wait_until(
+            lambda: (
+                http.post(f"{self.url}/v1/completions", json=body).is_success
+                and self.metric("pd_node_breaker_open") == 0
+            ),
+            "closed breakers",
+        )
+
     def until_at_rest(self) -> None:
-        """Nothing in flight, nothing still to be given back."""
-        busy = ("pd_requests_in_flight", "pd_releases_pending", "pd_node_in_flight")
+        """Nothing in flight, nobody waiting, nothing still to be given back, no task and no connection of a request."""
+        busy = ("pd_requests_in_flight", "pd_requests_queued", "pd_releases_pending", "pd_node_in_flight")
         wait_until(lambda: not any(self.metric(series) for series in busy), "the proxy to come to rest")
+        wait_until(lambda: self.metric("pd_tasks") <= MOST_TASKS_AT_REST, "the tasks of requests to end")
+        wait_until(lambda: not self.connections(), "the clients' connections to be closed")
+
+    def connections(self, client_port: int | None = None) -> list[Any]:
+        """Those of clients, or of one client, that the proxy has not closed."""
+        port, first = int(self.url.rpartition(":")[2]), psutil.Process(self.process.pid)
+        found = [one for process in (first, *first.children(recursive=True)) for one in process.net_connections()]
+        clients = [one for one in found if one.raddr and one.laddr.port == port]
+        return [one for one in clients if client_port in (None, one.raddr.port)]
+
+    def must_leave_nothing(self, nodes: Sequence[Sim]) -> None:
+        """What every test is asked in the end: nothing of any request is left, here and on the nodes."""
+        living = [node for node in nodes if node.process.poll() is None]
+        for node in living:
+            wait_until(lambda node=node: node.control() is None, "a node to listen again")  # type: ignore[misc]
+        if self.process.poll() is None:
+            self.until_at_rest()
+        for node in living:
+            node.until_free()
 
 
 @contextmanager
@@ -177,7 +221,10 @@ def proxy_in_front_of(
     wait: bool = True,
     probe: bool = True,
 ) -> Iterator[Proxy]:
-    """Started with the flags of vLLM's example proxy. `probe`: wait until it answers (it speaks no TLS here)."""
+    """Started with the flags of vLLM's example proxy; nothing of any request may be left in the end.
+
+    `probe`: wait until it answers (it speaks no TLS here).
+    """
     port = free_port()
     command = [sys.executable, "-P", "-m", "proxy.cli", "--port", str(port), *flags]
     for node in nodes:
@@ -186,15 +233,23 @@ def proxy_in_front_of(
     with running(command, env) as process:
         proxy = Proxy(f"http://127.0.0.1:{port}", process)
         if probe:
-            wait_until(lambda: httpx.get(f"{proxy.url}/health"), "the proxy")
+            wait_until(lambda: http.get(f"{proxy.url}/health"), "the proxy")
         if probe and wait:
             proxy.until_usable(len(nodes))
         yield proxy
+        if probe:
+            proxy.must_leave_nothing(nodes)
+
+
+def openai_client(url: str) -> openai.OpenAI:
+    """To be closed: one left to the garbage collector may lose its sockets first, and that is a warning."""
+    no_tls = openai.DefaultHttpxClient(verify=False)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=900, http_client=no_tls)
 
 
 def metric(url: str, series: str, **labels: str) -> float:
     """The sum of a series over the labels not given."""
-    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    families = text_string_to_metric_families(http.get(f"{url}/metrics").text)
     samples = [sample for family in families for sample in family.samples]
     return sum(s.value for s in samples if s.name == series and labels.items() <= s.labels.items())
 

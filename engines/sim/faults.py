@@ -8,6 +8,7 @@
     {"fault": "hang"}                                   accepts and never answers
     {"fault": "hang-after", "chunks": 4}                falls silent in mid-stream
     {"fault": "error-first"}                            200, then an error as a stream's first event
+    {"fault": "error-after", "chunks": 4}               ... after so many chunks of a stream
     {"fault": "finish-error"}                           200 with finish_reason "error"
     {"refuse_s": 2}                                     stops listening for a while
     {"lose_transfers": true}                            no KV arrives, at a decode node
@@ -20,7 +21,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Kind = Literal["status", "drop", "drop-after", "exit-after", "hang", "hang-after", "error-first", "finish-error"]
+MESSAGE = "simulated failure\nTraceback (most recent call last):\n  File /opt/engine/worker.py"
+"""Of all errors made here: what a client should not be told."""
+
+Kind = Literal[
+    "status", "drop", "drop-after", "exit-after", "hang", "hang-after", "error-first", "error-after", "finish-error"
+]
 
 
 class Faults(BaseModel):

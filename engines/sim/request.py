@@ -8,6 +8,8 @@ from ..base import JSONObject
 from .tokens import VOCABULARY, Sampling, encode, render_chat
 
 MOST_LOGPROBS = 20
+MOST_CHOICES = 16_384
+"""VLLM_MAX_N_SEQUENCES, as it is set unless somebody sets it."""
 
 
 class SchemaError(ValueError):
@@ -60,6 +62,8 @@ def parse(body: object, *, chat: bool, model: str, max_model_len: int) -> Wanted
     sampling = _sampling(body, longest=max(map(len, prompts)), max_model_len=max_model_len)
     logprobs = _logprobs(body, chat=chat)
     n = body.get("n") or 1
+    if n > MOST_CHOICES:
+        raise RefusedError(f"n must be at most {MOST_CHOICES}, got {n}.", "n")
     if n > 1 and sampling.salt == 0:
         raise RefusedError(f"n must be 1 when using greedy sampling, got {n}.")
     options = body.get("stream_options") or {}

@@ -1,7 +1,6 @@
 """The routes of a simulated node."""
 
 import asyncio
-import contextlib
 import os
 import sys
 import time
@@ -24,7 +23,7 @@ from . import tokens
 from .answers import DONE, Choice, Envelope, sse
 from .dialects import Dialect, as_chat, events
 from .dialects import answer as in_dialect
-from .faults import Faults, Kind
+from .faults import MESSAGE, Faults, Kind
 from .kv import KVCache
 from .request import RefusedError, SchemaError, Wanted, for_choice, parse
 from .transfer import TransferError, pull
@@ -97,7 +96,7 @@ class SimNode:
         if kind == "status":
             if openai.is_released_by_refusal(self.faults.status, "InternalServerError"):
                 self._release(_transfer_params(raw))
-            return _error("simulated failure", "InternalServerError", self.faults.status, headers=self.faults.headers)
+            return _error(MESSAGE, "InternalServerError", self.faults.status, headers=self.faults.headers)
         if kind == "drop":
             request.scope["sim.transport"].abort()
         if kind in ("hang", "drop"):
@@ -170,9 +169,9 @@ class SimNode:
             if prompts is None:
                 return Response(status_code=499)
             choices = self._choices(wanted, prompts)
-            envelope = Envelope(_request_id(request, wanted), int(time.time()), self.settings.model, wanted)
+            envelope = Envelope(_request_id(request, wanted), int(time.time()), self.settings.model, wanted)  # noqa: TID251  vLLM's `created`
             if kind == "error-first" or (kind == "finish-error" and wanted.stream):
-                return _events([sse(openai.error_body("simulated failure", "InternalServerError", 500)), DONE])
+                return _events([sse(_failure()), DONE])
             if wanted.stream:
                 running = stack.pop_all()
                 stream = self._stream(request, wanted, choices, envelope, kind)
@@ -214,7 +213,8 @@ class SimNode:
             await asyncio.Event().wait()
         try:
             self._lose_transfer_if_told()
-            return tuple([await pull(self.client, wanted.kv, self.settings.transfer_timeout_s) for _ in wanted.prompts])
+            # shielded: what is aborted meanwhile is pulled all the same (mooncake_connector.py, `request_finished`)
+            return tuple([await asyncio.shield(self._pull(wanted.kv)) for _ in wanted.prompts])
         except TransferError:
             if self.settings.load_failure_policy == "fail":
                 raise
@@ -293,6 +293,9 @@ class SimNode:
             if wanted.chat:
                 yield envelope.event(choice, "", [], first=True)
             async for text, ids in self._steps(wanted, choice):
+                if kind == "error-after" and sent >= self.faults.chunks:  # as vLLM does when its engine dies
+                    yield sse(_failure()) + DONE
+                    return
                 await self._break_off(request, kind, sent)
                 first = not wanted.chat and len(choice.ids) == 1
                 yield envelope.event(choice, choice.prefix + text if first else text, ids, first=first)
@@ -331,16 +334,22 @@ class SimNode:
     def _release(self, kv: JSONObject) -> None:
         """A rejected decode pulls nothing and so frees the prefill node's KV."""
         if kv.get("do_remote_prefill") and ("remote_bootstrap_addr" in kv or "remote_host" in kv):
-            self._in_background(pull(self.client, kv, self.settings.transfer_timeout_s))
+            self._pull(kv)
 
     def _spurious_pull(self, kv: JSONObject) -> None:
         """A non-streaming request dropped after its KV came pulls again, for an id the prefill node has forgotten."""
         self._release(kv)
 
-    def _in_background(self, work: Any) -> None:
-        task = asyncio.create_task(_quiet(work))
+    def _pull(self, kv: JSONObject) -> "asyncio.Task[tuple[int, ...]]":
+        task = asyncio.create_task(pull(self.client, kv, self.settings.transfer_timeout_s))
         self.background.add(task)
-        task.add_done_callback(self.background.discard)
+        task.add_done_callback(self._pulled)
+        return task
+
+    def _pulled(self, task: "asyncio.Task[tuple[int, ...]]") -> None:
+        self.background.discard(task)
+        if not task.cancelled():
+            task.exception()  # nobody may wait for it
 
     def _remember(self, request: Request, raw: bytes) -> None:
         try:
@@ -464,11 +473,6 @@ async def _closing(stream: AsyncIterator[bytes], stack: AsyncExitStack) -> Async
             yield chunk
 
 
-async def _quiet(work: Any) -> None:
-    with contextlib.suppress(TransferError):
-        await work
-
-
 def _transfer_params(raw: bytes) -> JSONObject:
     try:
         return orjson.loads(raw).get("kv_transfer_params") or {}
@@ -498,6 +502,10 @@ def _error(
     message: str, kind: str, status: int, param: str | None = None, headers: dict[str, str] | None = None
 ) -> Response:
     return JSONResponse(openai.error_body(message, kind, status, param), status, headers)
+
+
+def _failure() -> JSONObject:
+    return openai.error_body(MESSAGE, "InternalServerError", 500)
 
 
 def _request_id(request: Request, wanted: Wanted) -> str:

@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from tests.launched import RESTART_PATIENCE_S, Up, up
-from tests.processes import ROOT, metric, wait_until
+from tests.processes import ROOT, http, metric, openai_client, wait_until
 
 SECONDS = float(os.environ.get("SOAK_S", "1800"))
 CLIENTS = 2
@@ -75,9 +75,9 @@ def ask(soak: Soak, chance: random.Random) -> None:
     url = f"{soak.run.url}/v1/completions"
     if kind == "left":
         with suppress(httpx.HTTPError):
-            httpx.post(url, json=body | {"max_tokens": 200}, timeout=chance.uniform(0.1, 3))
+            http.post(url, json=body | {"max_tokens": 200}, timeout=chance.uniform(0.1, 3))
     elif kind == "whole":
-        answer = httpx.post(url, json=body, timeout=900)
+        answer = http.post(url, json=body, timeout=900)
         if answer.is_success:
             kind = "answered"
             soak.check(body, answer.json()["choices"][0]["text"], answer.headers)
@@ -86,11 +86,11 @@ def ask(soak: Soak, chance: random.Random) -> None:
             assert answer.json()["error"]["message"]
             kind = f"refused {answer.status_code}"
     else:
-        client = openai.OpenAI(base_url=f"{soak.run.url}/v1", api_key="none", max_retries=0, timeout=900)
+        options: Any = {"stream": True, "stream_options": {"include_usage": True}}
         try:
-            options: Any = {"stream": True, "stream_options": {"include_usage": True}}
-            raw = client.completions.with_raw_response.create(**body, **options)
-            chunks: list[Any] = list(raw.parse())
+            with openai_client(soak.run.url) as client:
+                raw = client.completions.with_raw_response.create(**body, **options)
+                chunks: list[Any] = list(raw.parse())
             assert chunks[-1].usage is not None
             kind = "streamed"
             soak.check(body, "".join(choice.text for chunk in chunks for choice in chunk.choices), raw.headers)
@@ -138,7 +138,7 @@ FAULTS = {
 def test_real_nodes_come_back_from_everything_and_nothing_is_left(soak: Soak) -> None:
     proxy = soak.run.child("proxy")
     for prompt in PROMPTS:
-        answer = httpx.post(f"{soak.run.url}/v1/completions", json=asked(prompt), timeout=900)
+        answer = http.post(f"{soak.run.url}/v1/completions", json=asked(prompt), timeout=900)
         soak.texts[prompt] = answer.json()["choices"][0]["text"]
     clients = [threading.Thread(target=ask_for_ever, args=(soak, seed)) for seed in range(CLIENTS)]
     until = time.monotonic() + SECONDS

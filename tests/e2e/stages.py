@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.gate import Gate, What
 from tests.launched import Up
-from tests.processes import Proxy, proxy_in_front_of, wait_until
+from tests.processes import Proxy, http, proxy_in_front_of, wait_until
 
 from .test_survival import Kill, kill_api_server, kill_engine_core
 
@@ -75,7 +74,7 @@ def gated(real_trio: Up, tmp_path_factory: pytest.TempPathFactory) -> Iterator[G
 def ask(url: str, prompt: str, *, stream: bool) -> str:
     """The answer's text; an error is the test's failure."""
     body = {"model": "tiny", "prompt": prompt, "max_tokens": 48, "temperature": 0, "ignore_eos": True, "stream": stream}
-    answer = httpx.post(url + ROUTE, json=body, timeout=PATIENCE_S)
+    answer = http.post(url + ROUTE, json=body, timeout=PATIENCE_S)
     assert answer.status_code == 200, answer.text
     if not stream:
         return str(answer.json()["choices"][0]["text"])

@@ -5,13 +5,11 @@ import subprocess
 import sys
 from typing import Any
 
-import httpx
-import openai
 import pytest
 
 from launcher.setup import EngineEnvironment, tiny_model_path
 from tests.launched import Up
-from tests.processes import ROOT, metric, wait_until
+from tests.processes import ROOT, http, metric, openai_client, wait_until
 
 pytestmark = pytest.mark.timeout(1200)  # the first test waits for the engines to start
 
@@ -19,27 +17,25 @@ PROMPT = "Prefill computes the KV cache of a prompt, and decode generates from i
 MESSAGES: Any = [{"role": "system", "content": "be brief"}, {"role": "user", "content": PROMPT}]
 
 
-def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
-
-
 def complete(url: str, *, stream: bool, **fields: Any) -> tuple[str, Any]:
     """(text, usage), through the OpenAI client."""
     asked: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 24, "temperature": 0} | fields
-    if not stream:
-        answer = client(url).completions.create(**asked)
-        return answer.choices[0].text, answer.usage
-    chunks = list(client(url).completions.create(**asked, stream=True, stream_options={"include_usage": True}))
-    return "".join(chunk.choices[0].text for chunk in chunks if chunk.choices), chunks[-1].usage
+    with openai_client(url) as client:
+        if not stream:
+            answer = client.completions.create(**asked)
+            return answer.choices[0].text, answer.usage
+        chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        return "".join(chunk.choices[0].text for chunk in chunks if chunk.choices), chunks[-1].usage
 
 
 def chat(url: str, *, stream: bool, **fields: Any) -> tuple[str, Any]:
     asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 24, "temperature": 0} | fields
-    if not stream:
-        answer = client(url).chat.completions.create(**asked)
-        return answer.choices[0].message.content or "", answer.usage
-    chunks = list(client(url).chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
-    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices), chunks[-1].usage
+    with openai_client(url) as client:
+        if not stream:
+            answer = client.chat.completions.create(**asked)
+            return answer.choices[0].message.content or "", answer.usage
+        chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices), chunks[-1].usage
 
 
 def transferred(run: Up) -> float:
@@ -80,9 +76,10 @@ def test_up_has_shown_an_answer_and_how_much_kv_moved(real_pair: Up) -> None:
 
 def test_eos_as_the_first_token_ends_the_answer_and_hangs_nothing(real_pair: Up) -> None:
     """The prefill leg must mask EOS: vLLM keeps KV only for a request that ends by length."""
-    answer = client(real_pair.url).completions.create(
-        model="tiny", prompt=PROMPT, max_tokens=8, temperature=0, logit_bias={"1": 100}
-    )
+    with openai_client(real_pair.url) as client:
+        answer = client.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=8, temperature=0, logit_bias={"1": 100}
+        )
     assert answer.choices[0].finish_reason == "stop"
 
 
@@ -94,26 +91,28 @@ def test_what_the_engine_refuses_reaches_the_client_in_the_engines_words(
     real_pair: Up, fields: dict[str, Any], status: int
 ) -> None:
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4} | fields
-    answers = [httpx.post(f"{url}/v1/completions", json=body) for url in (real_pair.url, real_pair.nodes("decode")[0])]
+    answers = [http.post(f"{url}/v1/completions", json=body) for url in (real_pair.url, real_pair.nodes("decode")[0])]
     assert answers[0].status_code == answers[1].status_code == status
     assert answers[0].json() == answers[1].json()
 
 
 def test_several_choices_are_answered_by_one_node_and_leave_no_kv_behind(real_pair: Up) -> None:
-    answer = client(real_pair.url).completions.with_raw_response.create(
-        model="tiny", prompt=["first prompt", "second prompt"], max_tokens=4, temperature=0
-    )
+    with openai_client(real_pair.url) as client:
+        answer = client.completions.with_raw_response.create(
+            model="tiny", prompt=["first prompt", "second prompt"], max_tokens=4, temperature=0
+        )
     assert answer.headers["x-pd-path"] == "aggregated; reason=prompt-list"
     assert [choice.index for choice in answer.parse().choices] == [0, 1]
     wait_until(lambda: real_pair.kv_in_use() == 0, "all KV to be free")
 
 
 def test_a_client_that_leaves_in_the_middle_leaves_no_kv_behind(real_pair: Up) -> None:
-    stream = client(real_pair.url).completions.create(
-        model="tiny", prompt=PROMPT, max_tokens=1500, temperature=0, stream=True, extra_body={"ignore_eos": True}
-    )
-    next(iter(stream))
-    stream.close()
+    with openai_client(real_pair.url) as client:
+        stream = client.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=1500, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        stream.close()
     wait_until(lambda: real_pair.kv_in_use() == 0, "all KV to be free")
 
 
@@ -145,7 +144,7 @@ def test_vllms_own_load_generator_runs_clean(real_pair: Up) -> None:
 def test_kv_that_a_refusal_left_behind_is_released(real_pair: Up) -> None:
     """VLLM finds this error when a stream has begun, and does not tell the connector; the proxy's release does."""
     done = metric(real_pair.url, "pd_releases_total", outcome="done")
-    answer = httpx.post(
+    answer = http.post(
         f"{real_pair.url}/v1/completions", json={"model": "tiny", "prompt": PROMPT, "logprobs": 30}, timeout=60
     )
     assert answer.status_code == 400
@@ -154,7 +153,7 @@ def test_kv_that_a_refusal_left_behind_is_released(real_pair: Up) -> None:
 
 
 def test_the_proxy_has_proof_that_kv_moves(real_pair: Up) -> None:
-    decode = next(n for n in httpx.get(f"{real_pair.url}/health").json()["nodes"] if n["role"] == "decode")
+    decode = next(n for n in http.get(f"{real_pair.url}/health").json()["nodes"] if n["role"] == "decode")
     assert decode["kv"] == "moving"
     assert metric(real_pair.url, "pd_kv_moving") == 1
 
@@ -173,7 +172,7 @@ def test_the_openai_client_example_runs(real_pair: Up) -> None:
 
 
 def test_the_real_nodes_are_healthy_and_hold_nothing_in_the_end(real_pair: Up) -> None:
-    health = httpx.get(f"{real_pair.url}/health").json()
+    health = http.get(f"{real_pair.url}/health").json()
     assert health["status"] == "ok"
     assert [node["in_flight"] for node in health["nodes"]] == [0, 0]
     wait_until(lambda: real_pair.kv_in_use() == 0, "all KV to be free")

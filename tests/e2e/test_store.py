@@ -4,13 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 
 from tests.e2e.conftest import START_PATIENCE_S
 from tests.launched import Up, run_to_end, up
-from tests.processes import free_range, metric, wait_until
+from tests.processes import free_range, http, metric, wait_until
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -32,7 +31,7 @@ def store_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
 
 def complete(url: str, prompt: str) -> Any:
     body = {"model": "tiny", "prompt": prompt, "max_tokens": 16, "temperature": 0}
-    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+    answer = http.post(f"{url}/v1/completions", json=body, timeout=120)
     assert answer.status_code == 200, answer.text
     return answer.json()
 

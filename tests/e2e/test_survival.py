@@ -7,13 +7,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import httpx
 import openai
 import psutil
 import pytest
 
 from tests.launched import RESTART_PATIENCE_S, Up
-from tests.processes import metric, wait_until
+from tests.processes import http, metric, openai_client, wait_until
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -45,8 +44,7 @@ def wake(node: psutil.Process) -> None:
             process.send_signal(signal.SIGCONT)
 
 
-def stream(run: Up, route: str) -> Any:
-    client = openai.OpenAI(base_url=f"{run.url}/v1", api_key="none", max_retries=0, timeout=300)
+def stream(client: openai.OpenAI, route: str) -> Any:
     asked: Any = {"model": "tiny", "max_tokens": TOKENS, "temperature": 0, "stream": True}
     asked["extra_body"] = {"ignore_eos": True}
     asked["stream_options"] = {"include_usage": True}
@@ -69,17 +67,18 @@ def text_of(chunk: Any) -> str:
 )
 def test_a_stream_outlives_its_decode_node_and_says_the_same(real_trio: Up, route: str, kill: Kill) -> None:
     real_trio.until_well()
-    undisturbed = list(stream(real_trio, route))
     resumed = metric(real_trio.url, "pd_resumed_total", outcome="done")
-    broken = stream(real_trio, route)
-    chunks = [next(broken) for _ in range(5)]
-    name = next(name for name, node in real_trio.health().items() if node["role"] == "decode" and node["in_flight"])
-    victim = real_trio.child(name)
-    kill(victim)
-    try:
-        chunks += list(broken)
-    finally:
-        wake(victim)
+    with openai_client(real_trio.url) as client:
+        undisturbed = list(stream(client, route))
+        broken = stream(client, route)
+        chunks = [next(broken) for _ in range(5)]
+        name = next(name for name, node in real_trio.health().items() if node["role"] == "decode" and node["in_flight"])
+        victim = real_trio.child(name)
+        kill(victim)
+        try:
+            chunks += list(broken)
+        finally:
+            wake(victim)
     assert metric(real_trio.url, "pd_resumed_total", outcome="done") == resumed + 1
     assert "".join(map(text_of, chunks)) == "".join(map(text_of, undisturbed))
     assert chunks[-1].usage.completion_tokens == TOKENS
@@ -99,7 +98,7 @@ def test_requests_are_answered_while_the_prefill_node_dies_and_comes_back_with_a
         while not enough.is_set():
             number += 1
             body = {"model": "tiny", "prompt": f"{number} {PROMPT}", "max_tokens": 4}
-            answer = httpx.post(f"{real_trio.url}/v1/completions", json=body, timeout=300)
+            answer = http.post(f"{real_trio.url}/v1/completions", json=body, timeout=300)
             statuses.append((answer.status_code, answer.headers.get("x-pd-path", "")))
             time.sleep(0.05)
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.launched import own_ports, run_to_end
-from tests.processes import wait_until
+from tests.processes import http, wait_until
 
 SIM = ("--engine", "sim", "--model", "tiny")
 
@@ -41,7 +41,7 @@ class Run:
         return sorted(child["name"] for child in self.status()["children"])
 
     def ask(self) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/completions", json={"prompt": "hello", "max_tokens": 4})
+        return http.post(f"{self.url}/v1/completions", json={"prompt": "hello", "max_tokens": 4})
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_it_outlives_its_terminal_and_is_found_shown_and_stopped(run: Run) -> No
 def test_nodes_come_and_go_while_it_serves(run: Run) -> None:
     assert "decode-1 is ready." in run.do("scale", "--decode", "2")
     assert run.names() == ["decode-0", "decode-1", "prefill-0", "proxy"]
-    wait_until(lambda: len(httpx.get(f"{run.url}/health").json()["nodes"]) == 3, "the proxy to be told")
+    wait_until(lambda: len(http.get(f"{run.url}/health").json()["nodes"]) == 3, "the proxy to be told")
     assert run.ask().is_success
     assert "nothing to do" in run.do("scale", "--decode", "2")
     assert "decode-1 has gone." in run.do("scale", "--decode", "1")

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.launched import PD_LAUNCH, own_ports, run_to_end, up
-from tests.processes import PATIENCE_S, ROOT, free_port, free_range, metric, wait_until
+from tests.processes import PATIENCE_S, ROOT, free_port, free_range, http, metric, wait_until
 
 SIM = ("--engine", "sim", "--model", "tiny")
 COMMANDS = ("up", "plan", "check", "test", "status", "stop", "restart", "scale", "logs", "doctor", "clean", "setup")
@@ -33,8 +33,8 @@ def test_it_brings_up_the_nodes_proves_that_kv_moves_and_answers(tmp_path: Path)
             for url in run.nodes("decode")
         )
         assert f"{moved:.0f} of {moved:.0f} prompt tokens" in run.output
-        assert httpx.get(f"{run.url}/health").status_code == 200
-        answer = httpx.post(f"{run.url}/v1/completions", json={"model": "tiny", "prompt": "hello"})
+        assert http.get(f"{run.url}/health").status_code == 200
+        answer = http.post(f"{run.url}/v1/completions", json={"model": "tiny", "prompt": "hello"})
         assert answer.headers["x-pd-path"] == "disaggregated"
         assert sorted(path.name for path in run.run_dir.iterdir()) == [
             ".lock", "decode-0.log", "decode-1.log", "lock.json", "prefill-0.log", "prefill-1.log", "proxy.log",
@@ -46,9 +46,9 @@ def test_flags_and_keys_for_the_proxy_reach_it(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("PD_PROXY_API_KEYS", "a-key,another")
     with up(tmp_path, *SIM, "--proxy-args=--min-prefill-tokens", "--proxy-args=40") as run:
         run.until("Ready:", PATIENCE_S)
-        assert httpx.post(f"{run.url}/v1/completions", json={"prompt": "hello"}).status_code == 401
+        assert http.post(f"{run.url}/v1/completions", json={"prompt": "hello"}).status_code == 401
         key = {"Authorization": "Bearer a-key"}
-        answer = httpx.post(f"{run.url}/v1/completions", json={"prompt": "hello"}, headers=key)
+        answer = http.post(f"{run.url}/v1/completions", json={"prompt": "hello"}, headers=key)
         assert answer.headers["x-pd-path"] == "aggregated; reason=short-prompt"
 
 
@@ -65,7 +65,7 @@ def test_a_signal_takes_all_down_in_order_and_leaves_nothing(tmp_path: Path, num
     assert set(os.listdir("/dev/shm")) <= shared  # noqa: PTH208
     assert not run.temporary.exists()
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{run.url}/health")
+        http.get(f"{run.url}/health")
 
 
 def test_ctrl_c_while_it_starts_ends_it_with_130_and_leaves_nothing(tmp_path: Path) -> None:
@@ -113,8 +113,8 @@ def test_a_node_that_dies_is_started_again_and_used_in_its_new_life(tmp_path: Pa
             run.child(name).kill()
             run.until(f"{name} ended: killed by SIGKILL", PATIENCE_S)
             run.until(f"{name} is ready again.", PATIENCE_S)
-            wait_until(lambda: httpx.get(f"{run.url}/health").json()["status"] == "ok", "the proxy to use it")
-            answer = httpx.post(f"{run.url}/v1/completions", json={"prompt": "hello"})
+            wait_until(lambda: http.get(f"{run.url}/health").json()["status"] == "ok", "the proxy to use it")
+            answer = http.post(f"{run.url}/v1/completions", json={"prompt": "hello"})
             assert answer.headers["x-pd-path"] == "disaggregated"
 
 
@@ -133,7 +133,7 @@ def test_a_run_outlives_a_full_disk_and_starts_a_dead_node_again_meanwhile(tmp_p
         run.child("decode-0").kill()
         run.until("decode-0 is ready again.", PATIENCE_S)
         run.until_well()
-        answer = httpx.post(f"{run.url}/v1/completions", json={"prompt": "hello"})
+        answer = http.post(f"{run.url}/v1/completions", json={"prompt": "hello"})
         assert answer.headers["x-pd-path"] == "disaggregated"
         gone = run.nodes("prefill")[1]
         assert "has gone" in run_to_end(["scale", "--prefill", "1", "--run-dir", str(run.run_dir)]).stdout
@@ -150,7 +150,7 @@ def test_the_proxy_is_started_again_too(tmp_path: Path) -> None:
         run.until("Ready:", PATIENCE_S)
         run.child("proxy").kill()
         run.until("proxy is ready again.", PATIENCE_S)
-        wait_until(lambda: httpx.post(f"{run.url}/v1/completions", json={"prompt": "hello"}).is_success, "an answer")
+        wait_until(lambda: http.post(f"{run.url}/v1/completions", json={"prompt": "hello"}).is_success, "an answer")
 
 
 def test_a_node_that_keeps_dying_is_given_up(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_node_that_keeps_dying_is_given_up(tmp_path: Path) -> None:
         with thief:
             run.until("It has ended 5 times", 3 * PATIENCE_S)
             run.until("Going on without it.", PATIENCE_S)
-        assert httpx.post(f"{run.url}/v1/completions", json={"prompt": "hello"}).is_success
+        assert http.post(f"{run.url}/v1/completions", json={"prompt": "hello"}).is_success
 
 
 def _listener(address: tuple[str, int]) -> socket.socket | None:
@@ -181,8 +181,8 @@ def test_it_goes_on_without_a_node_that_has_a_twin_and_stops_without_the_last(tm
         nodes["decode-1"].kill()
         run.until("Going on without it", PATIENCE_S)
         assert "decode-1 ended: killed by SIGKILL" in run.output
-        wait_until(lambda: "cannot be reached" in httpx.get(f"{run.url}/health").text, "the proxy to notice")
-        assert httpx.post(f"{run.url}/v1/completions", json={"prompt": "hello"}).is_success
+        wait_until(lambda: "cannot be reached" in http.get(f"{run.url}/health").text, "the proxy to notice")
+        assert http.post(f"{run.url}/v1/completions", json={"prompt": "hello"}).is_success
         nodes["decode-0"].kill()
         assert run.process.wait(PATIENCE_S) == 1
 
@@ -284,7 +284,7 @@ def test_a_node_whose_port_is_stolen_between_check_and_bind_goes_on_with_the_nex
             run.until("Ready:", PATIENCE_S)
             assert f"port {port} was taken by pid {os.getpid()}" in run.output
             assert f"going on with http://127.0.0.1:{port + 2}" in run.output
-            assert httpx.post(f"{run.url}/v1/completions", json={"prompt": "hello"}).is_success
+            assert http.post(f"{run.url}/v1/completions", json={"prompt": "hello"}).is_success
 
 
 def test_a_run_can_be_repeated_from_its_lock_file(tmp_path: Path) -> None:

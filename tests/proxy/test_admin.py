@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.processes import MODEL, Proxy, Sim, free_port, proxy_in_front_of, sim_node, wait_until
+from tests.processes import MODEL, Proxy, Sim, free_port, http, proxy_in_front_of, sim_node, wait_until
 
 BODY = {"model": MODEL, "prompt": "the quick brown fox", "max_tokens": 4, "temperature": 0}
 KEY = "the-admin-key"
@@ -27,13 +27,13 @@ class Administered:
     stranger: Sim
 
     def call(self, method: str, path: str, key: str = KEY, **options: Any) -> httpx.Response:
-        return httpx.request(method, f"{self.url}{path}", headers={"Authorization": f"Bearer {key}"}, **options)
+        return http.request(method, f"{self.url}{path}", headers={"Authorization": f"Bearer {key}"}, **options)
 
     def names(self) -> list[str]:
         return [node["name"] for node in self.proxy.health()["nodes"]]
 
     def ask(self) -> httpx.Response:
-        return httpx.post(f"{self.proxy.url}/v1/completions", json=BODY, timeout=60)
+        return http.post(f"{self.proxy.url}/v1/completions", json=BODY, timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_drained_node_finishes_what_it_has_and_gets_no_more(administered: Admi
     with ExitStack() as stack:
         request = "POST", f"{administered.proxy.url}/v1/completions"
         streams = [
-            stack.enter_context(httpx.stream(*request, json=BODY | {"stream": True}, timeout=60)) for _ in range(2)
+            stack.enter_context(http.stream(*request, json=BODY | {"stream": True}, timeout=60)) for _ in range(2)
         ]
         assert administered.call("POST", "/nodes/decode-0/drain").is_success
         wait_until(lambda: administered.proxy.health()["nodes"][1]["problem"] == "draining", "the drain")
@@ -149,7 +149,7 @@ def test_a_topology_file_of_ones_own_is_what_changes(tmp_path: Path) -> None:
         with proxy_in_front_of(flags=flags, env={"PD_PROXY_ADMIN_KEY": KEY}, wait=False) as proxy:
             headers = {"Authorization": f"Bearer {KEY}"}
             drain = f"http://127.0.0.1:{port}/nodes/d/drain"
-            wait_until(lambda: httpx.post(drain, headers=headers).is_success, "the drain")
+            wait_until(lambda: http.post(drain, headers=headers).is_success, "the drain")
             assert json.loads(file.read_text())["nodes"][1]["drain"] is True
             for _ in range(8):  # every worker follows
                 wait_until(lambda: proxy.health()["status"] == "unavailable", "the drain to be known")

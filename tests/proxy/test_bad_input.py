@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.processes import Proxy, Sim
+from tests.processes import Proxy, Sim, http
 
 _OURS = {"do_remote_decode", "do_remote_prefill", "transfer_id", "remote_engine_id", "remote_bootstrap_addr",
          "prompt_token_ids", "remote_prefill_cached_tokens"}  # fmt: skip
@@ -26,7 +26,7 @@ _FIELDS = st.sampled_from(
 
 def post(proxy: Proxy, path: str, content: bytes) -> httpx.Response:
     headers = {"Content-Type": "application/json"}
-    return httpx.post(f"{proxy.url}{path}", content=content, headers=headers, timeout=60)
+    return http.post(f"{proxy.url}{path}", content=content, headers=headers, timeout=60)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

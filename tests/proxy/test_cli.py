@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
-import httpx
 import pytest
 
 from proxy.cli import _join_bootstrap_ports, _prefill_nodes
-from tests.processes import ROOT, Proxy, free_port, proxy_in_front_of, running, sim_node, wait_until
+from tests.processes import ROOT, Proxy, free_port, http, proxy_in_front_of, running, sim_node, wait_until
 
 PD_PROXY = (sys.executable, "-P", "-m", "proxy.cli")
 
@@ -69,7 +68,7 @@ def test_a_topology_file_is_followed_and_one_that_cannot_be_used_changes_nothing
             wait_until(lambda: [n["name"] for n in proxy.health()["nodes"]] == ["p", "d2"], "the second one")
             proxy.until_usable(2)
             file.write_text("{ half a fi")
-            answer = httpx.post(f"{proxy.url}/v1/completions", json={"prompt": "hello"})
+            answer = http.post(f"{proxy.url}/v1/completions", json={"prompt": "hello"})
             assert answer.is_success
             assert [n["name"] for n in proxy.health()["nodes"]] == ["p", "d2"]
             assert len(other.received()) == 1

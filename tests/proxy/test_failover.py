@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.processes import MODEL, Proxy, Sim, events, free_port, proxy_in_front_of, sim_node, wait_until
+from tests.processes import MODEL, Proxy, Sim, events, free_port, http, proxy_in_front_of, sim_node, wait_until
 
 BODY: dict[str, Any] = {"model": MODEL, "prompt": "the quick brown fox", "max_tokens": 8, "temperature": 0}
 
@@ -27,7 +27,7 @@ class Cluster:
         return [*self.prefill, *self.decode]
 
     def ask(self, **fields: Any) -> httpx.Response:
-        return httpx.post(f"{self.proxy.url}/v1/completions", json=BODY | fields, timeout=60)
+        return http.post(f"{self.proxy.url}/v1/completions", json=BODY | fields, timeout=60)
 
     def transfer_ids(self) -> list[str]:
         """Of the hand-offs the prefill nodes remember."""
@@ -38,13 +38,8 @@ class Cluster:
         """What one node alone answers."""
         for node in self.nodes:
             node.control()
-        text: str = httpx.post(f"{self.decode[0].url}/v1/completions", json=BODY).json()["choices"][0]["text"]
+        text: str = http.post(f"{self.decode[0].url}/v1/completions", json=BODY).json()["choices"][0]["text"]
         return text
-
-    def must_be_at_rest(self) -> None:
-        self.proxy.until_at_rest()
-        for node in self.nodes:
-            wait_until(lambda node=node: node.kv_usage() == 0, f"{node.role} KV to be free")  # type: ignore[misc]
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +52,9 @@ def _cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(_cluster: Cluster) -> Iterator[Cluster]:
-    for node in _cluster.nodes:
-        node.control()
-    _cluster.proxy.until_usable(4)
-    _cluster.must_be_at_rest()
+    _cluster.proxy.until_all_take_turns(4)
     yield _cluster
-    for node in _cluster.nodes:
-        node.control()
-    _cluster.must_be_at_rest()
+    _cluster.proxy.must_leave_nothing(_cluster.nodes)
 
 
 def spoken(answer: httpx.Response) -> str:
@@ -196,7 +186,7 @@ def test_without_prefill_nodes_a_strict_proxy_refuses() -> None:
     ):
         prefill.process.kill()
         wait_until(lambda: not proxy.health()["nodes"][0]["usable"], "the death to be seen")
-        answer = httpx.post(f"{proxy.url}/v1/completions", json=BODY)
+        answer = http.post(f"{proxy.url}/v1/completions", json=BODY)
         assert (answer.status_code, answer.json()["error"]["type"]) == (503, "ServiceUnavailableError")
         assert answer.headers["retry-after"]
 
@@ -211,10 +201,9 @@ def test_a_stalled_hand_off_is_given_up_and_made_again() -> None:
     ):
         stuck.control(fault="hang")
         for _ in range(2):
-            answer = httpx.post(f"{proxy.url}/v1/completions", json=BODY, timeout=60)
+            answer = http.post(f"{proxy.url}/v1/completions", json=BODY, timeout=60)
             assert answer.headers["x-pd-path"] == "disaggregated"
         assert proxy.metric("pd_node_errors_total", node="decode-0", kind="late") > 0
-        proxy.until_at_rest()
 
 
 def test_a_prefill_node_that_comes_back_is_known_by_its_new_identity() -> None:
@@ -224,17 +213,17 @@ def test_a_prefill_node_that_comes_back_is_known_by_its_new_identity() -> None:
         with proxy_in_front_of(prefill, decode) as proxy:
             prefill.process.kill()
             prefill.process.wait()
-            assert httpx.post(f"{proxy.url}/v1/completions", json=BODY).headers["x-pd-path"].startswith("aggregated")
+            assert http.post(f"{proxy.url}/v1/completions", json=BODY).headers["x-pd-path"].startswith("aggregated")
             with sim_node("prefill", port=port, bootstrap_port=bootstrap_port):
                 proxy.until_usable(2)
-                answer = httpx.post(f"{proxy.url}/v1/completions", json=BODY)
+                answer = http.post(f"{proxy.url}/v1/completions", json=BODY)
                 assert answer.headers["x-pd-path"] == "disaggregated"
                 assert decode.state()["waiting_pulls"] == 0
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "soon", "nan", "inf"])
 def test_a_timeout_that_is_none_is_refused(cluster: Cluster, given: str) -> None:
-    answer = httpx.post(f"{cluster.proxy.url}/v1/completions", json=BODY, headers={"x-request-timeout": given})
+    answer = http.post(f"{cluster.proxy.url}/v1/completions", json=BODY, headers={"x-request-timeout": given})
     assert answer.status_code == 400
 
 
@@ -243,7 +232,7 @@ def test_a_client_may_ask_for_less_time(cluster: Cluster, leg: str) -> None:
     for node in getattr(cluster, leg):
         node.control(fault="hang")
     failures = cluster.proxy.metric("pd_node_errors_total")
-    answer = httpx.post(
+    answer = http.post(
         f"{cluster.proxy.url}/v1/completions", json=BODY, headers={"x-request-timeout": "0.5"}, timeout=60
     )
     assert (answer.status_code, answer.json()["error"]["type"]) == (504, "GatewayTimeoutError")

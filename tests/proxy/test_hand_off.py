@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.processes import MODEL, Proxy, Sim, proxy_in_front_of, sim_node, wait_until
+from tests.processes import MODEL, Proxy, Sim, http, proxy_in_front_of, sim_node, wait_until
 
 PROMPT = "the quick brown fox jumps over the lazy dog"
 BODY: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
@@ -15,11 +15,11 @@ CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content":
 
 
 def ask(url: str, timeout: float = 60, **fields: Any) -> httpx.Response:
-    return httpx.post(f"{url}/v1/completions", json=BODY | fields, timeout=timeout)
+    return http.post(f"{url}/v1/completions", json=BODY | fields, timeout=timeout)
 
 
 def chat(url: str, timeout: float = 60, **fields: Any) -> httpx.Response:
-    return httpx.post(f"{url}/v1/chat/completions", json=CHAT | {"temperature": 0} | fields, timeout=timeout)
+    return http.post(f"{url}/v1/chat/completions", json=CHAT | {"temperature": 0} | fields, timeout=timeout)
 
 
 def text(answer: httpx.Response) -> str:
@@ -88,7 +88,11 @@ def test_a_refusal_inside_a_stream_is_a_refusal_and_its_hand_off_is_released(
 
 
 def test_a_release_that_meets_no_node_is_counted_and_forgotten() -> None:
-    with sim_node("prefill") as prefill, sim_node("decode") as decode, proxy_in_front_of(prefill, decode) as proxy:
+    with (
+        sim_node("prefill", timeout_s=5) as prefill,
+        sim_node("decode") as decode,
+        proxy_in_front_of(prefill, decode) as proxy,
+    ):
         decode.control(fault="drop")
         assert ask(proxy.url).status_code == 502
         wait_until(lambda: proxy.metric("pd_releases_total", outcome="failed") == 3, "a failed release an attempt")
@@ -133,11 +137,11 @@ def test_a_leg_that_cannot_be_a_stream_is_finished_even_for_a_client_that_left(
 
 
 def test_the_decode_node_gets_the_prefill_nodes_token_ids(prefill: Sim, decode: Sim, proxy: Proxy) -> None:
-    ids = httpx.post(f"{prefill.url}/tokenize", json={"prompt": PROMPT}).json()["tokens"]
+    ids = http.post(f"{prefill.url}/tokenize", json={"prompt": PROMPT}).json()["tokens"]
     ask(proxy.url)
     assert decode.received()[-1]["body"]["prompt"] == ids
     chat(proxy.url)
-    rendered = httpx.post(f"{prefill.url}/tokenize", json=CHAT).json()["tokens"]
+    rendered = http.post(f"{prefill.url}/tokenize", json=CHAT).json()["tokens"]
     assert decode.received()[-1]["body"]["kv_transfer_params"]["prompt_token_ids"] == rendered
 
 
@@ -238,7 +242,11 @@ def test_with_a_store_nothing_is_told_and_nothing_pinned() -> None:
 
 def test_health_says_when_hand_offs_are_made_and_nothing_moves() -> None:
     """With the policy "recompute" a decode node answers all the same when no transfer succeeds."""
-    with sim_node("prefill") as prefill, sim_node("decode") as decode, proxy_in_front_of(prefill, decode) as proxy:
+    with (
+        sim_node("prefill", timeout_s=5) as prefill,
+        sim_node("decode") as decode,
+        proxy_in_front_of(prefill, decode) as proxy,
+    ):
         wait_until(lambda: ask(proxy.url).is_success and _kv(proxy) == "moving", "the proof that KV moves")
         assert proxy.health()["status"] == "ok"
         assert proxy.metric("pd_kv_moving") == 1
@@ -273,7 +281,7 @@ def test_headers_for_tracing_sessions_and_priority_reach_both_nodes_and_others_d
     passed = {"traceparent": "00-a-b-01", "x-session-id": "s1", "x-vllm-priority": "3"}
     dropped = {"authorization": "Bearer client", "cookie": "c=1", "x-data-parallel-rank": "7", "te": "trailers",
                "x-forwarded-for": "10.1.1.1"}  # fmt: skip
-    httpx.post(f"{proxy.url}/v1/completions", json=BODY, headers=passed | dropped)
+    http.post(f"{proxy.url}/v1/completions", json=BODY, headers=passed | dropped)
     for node in (prefill, decode):
         headers = node.received()[-1]["headers"]
         assert headers.items() >= passed.items()
@@ -288,15 +296,15 @@ def test_clients_need_a_key_and_nodes_get_the_proxys_own() -> None:
         proxy_in_front_of(prefill, decode, env=keys) as proxy,
     ):
         for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "first-key"}):
-            answer = httpx.post(f"{proxy.url}/v1/completions", json=BODY, headers=given)
+            answer = http.post(f"{proxy.url}/v1/completions", json=BODY, headers=given)
             assert answer.status_code == answer.json()["error"]["code"] == 401
         for path in ("/v1/models", "/openapi.json", "/docs", "/version", "//health", "/nothing"):
-            assert httpx.get(f"{proxy.url}{path}").status_code == 401
+            assert http.get(f"{proxy.url}{path}").status_code == 401
         for key in ("first-key", "second-key"):
             well = {"Authorization": f"Bearer {key}"}
-            assert httpx.post(f"{proxy.url}/v1/completions", json=BODY, headers=well).is_success
+            assert http.post(f"{proxy.url}/v1/completions", json=BODY, headers=well).is_success
         for node in (prefill, decode):
             assert {entry["headers"]["authorization"] for entry in node.received()} == {"Bearer node-key"}
             assert "first-key" not in json.dumps(node.received())
-        assert httpx.get(f"{proxy.url}/health").is_success
-        assert httpx.get(f"{proxy.url}/metrics").is_success
+        assert http.get(f"{proxy.url}/health").is_success
+        assert http.get(f"{proxy.url}/metrics").is_success

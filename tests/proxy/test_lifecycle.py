@@ -7,12 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import openai
 import psutil
 import pytest
 
-from tests.processes import MODEL, ROOT, Sim, free_port, proxy_in_front_of, sim_node, wait_until
+from tests.processes import MODEL, ROOT, Sim, free_port, http, openai_client, proxy_in_front_of, sim_node, wait_until
 
 BODY = {"model": MODEL, "prompt": "the quick brown fox", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
 PD_PROXY = (sys.executable, "-P", "-m", "proxy.cli")
@@ -22,7 +21,7 @@ CANARY = "sesame-canary-4711"
 def test_running_streams_are_finished_before_it_ends() -> None:
     with sim_node("prefill") as prefill, sim_node("decode") as decode, proxy_in_front_of(prefill, decode) as proxy:
         decode.control(itl_s=0.3)
-        with httpx.stream("POST", f"{proxy.url}/v1/completions", json=BODY | {"stream": True}, timeout=60) as stream:
+        with http.stream("POST", f"{proxy.url}/v1/completions", json=BODY | {"stream": True}, timeout=60) as stream:
             chunks = stream.iter_text()
             next(chunks)
             proxy.process.terminate()
@@ -38,9 +37,9 @@ def test_a_load_balancer_is_told_before_connections_are_refused() -> None:
         proxy_in_front_of(prefill, decode, flags=["--shutdown-delay-s", "600"]) as proxy,
     ):
         proxy.process.terminate()
-        wait_until(lambda: httpx.get(f"{proxy.url}/health").status_code == 503, "/health to say it")
+        wait_until(lambda: http.get(f"{proxy.url}/health").status_code == 503, "/health to say it")
         assert proxy.health()["status"] == "stopping"
-        answer = httpx.post(f"{proxy.url}/v1/completions", json=BODY)
+        answer = http.post(f"{proxy.url}/v1/completions", json=BODY)
         assert answer.is_success
         assert answer.headers["connection"] == "close"
         proxy.process.terminate()
@@ -63,19 +62,22 @@ def refuses_connections(url: str) -> bool:
         return probe.connect_ex((host, int(port))) != 0
 
 
-def test_when_the_grace_time_is_over_streams_end_as_errors_and_no_kv_is_held() -> None:
+@pytest.mark.parametrize(("grace_s", "sigterms"), [(1, 1), (600, 2)], ids=["the grace time is over", "told twice"])
+def test_streams_that_may_not_go_on_end_as_errors_and_hold_no_kv(grace_s: int, sigterms: int) -> None:
     with (
         sim_node("prefill") as prefill,
         sim_node("decode") as decode,
-        proxy_in_front_of(prefill, decode, flags=["--shutdown-grace-s", "1"]) as proxy,
+        proxy_in_front_of(prefill, decode, flags=["--shutdown-grace-s", str(grace_s)]) as proxy,
     ):
         decode.control(fault="hang-after", chunks=2)
-        client = openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="none", max_retries=0)
-        stream = client.completions.create(model=MODEL, prompt="x y z", stream=True, max_tokens=9)
-        next(iter(stream))
-        proxy.process.terminate()
-        with pytest.raises(openai.APIError, match="shutting down"):
-            list(stream)
+        with openai_client(proxy.url) as client:
+            stream = client.completions.create(model=MODEL, prompt="x y z", stream=True, max_tokens=9)
+            next(iter(stream))
+            for _ in range(sigterms):
+                proxy.process.terminate()
+                wait_until(lambda: refuses_connections(proxy.url), "the proxy to stop accepting")
+            with pytest.raises(openai.APIError, match="shutting down"):
+                list(stream)
         assert proxy.process.wait(30) == 0
         for node in (prefill, decode):
             wait_until(lambda node=node: node.kv_usage() == 0, "KV to be free")  # type: ignore[misc]
@@ -96,16 +98,16 @@ def output_of(*flags: str, env: dict[str, str], nodes: tuple[Sim, Sim], file: Pa
     ):
         try:
             url, headers = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {CANARY}"}
-            wait_until(lambda: httpx.get(f"{url}/health").json()["status"] == "ok", "the proxy")
+            wait_until(lambda: http.get(f"{url}/health").json()["status"] == "ok", "the proxy")
             asked = BODY | {"prompt": CANARY}
-            assert httpx.post(f"{url}/v1/completions", json=asked, headers=headers).is_success
-            assert httpx.post(f"{url}/v1/completions", json=asked | {"temperature": -1}, headers=headers).is_error
-            assert httpx.post(f"{url}/v1/completions", json=asked, headers={"Authorization": "Bearer no"}).is_error
-            assert httpx.post(f"{url}/v1/completions", content=f'{{"{CANARY}', headers=headers).is_error
+            assert http.post(f"{url}/v1/completions", json=asked, headers=headers).is_success
+            assert http.post(f"{url}/v1/completions", json=asked | {"temperature": -1}, headers=headers).is_error
+            assert http.post(f"{url}/v1/completions", json=asked, headers={"Authorization": "Bearer no"}).is_error
+            assert http.post(f"{url}/v1/completions", content=f'{{"{CANARY}', headers=headers).is_error
             decode.control(fault="drop")
-            assert httpx.post(f"{url}/v1/completions", json=asked, headers=headers).status_code == 502
+            assert http.post(f"{url}/v1/completions", json=asked, headers=headers).status_code == 502
             decode.control()
-            metrics = httpx.get(f"{url}/metrics").text
+            metrics = http.get(f"{url}/metrics").text
             assert CANARY not in metrics
         finally:
             process.send_signal(signal.SIGTERM)
@@ -179,11 +181,11 @@ def test_a_log_that_cannot_be_written_stops_no_request() -> None:
         with subprocess.Popen(command, cwd=ROOT, stdout=full, stderr=full) as process:
             try:
                 url = f"http://127.0.0.1:{port}"
-                wait_until(lambda: httpx.get(f"{url}/health").json()["status"] == "ok", "the proxy")
+                wait_until(lambda: http.get(f"{url}/health").json()["status"] == "ok", "the proxy")
                 for stream in (False, True):
-                    assert httpx.post(f"{url}/v1/completions", json=BODY | {"stream": stream}).is_success
+                    assert http.post(f"{url}/v1/completions", json=BODY | {"stream": stream}).is_success
                 decode.control(fault="drop")
-                assert httpx.post(f"{url}/v1/completions", json=BODY).status_code == 502
+                assert http.post(f"{url}/v1/completions", json=BODY).status_code == 502
             finally:
                 process.terminate()
                 assert process.wait(60) == 0
@@ -201,5 +203,5 @@ def test_it_recovers_when_it_had_no_file_descriptor_left() -> None:
             crowd.append(client)
         for client in crowd:
             client.close()
-        wait_until(lambda: httpx.post(f"{proxy.url}/v1/completions", json=BODY).is_success, "an answer")
+        wait_until(lambda: http.post(f"{proxy.url}/v1/completions", json=BODY).is_success, "an answer")
         assert proxy.process.poll() is None

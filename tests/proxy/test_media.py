@@ -1,6 +1,7 @@
 """Media in messages: fetched once, within limits."""
 
 import base64
+import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.processes import MODEL, Proxy, Sim, proxy_in_front_of, sim_node
+from tests.processes import MODEL, Proxy, Sim, http, proxy_in_front_of, sim_node
 
 PICTURE = b"\x89PNG not really"
 
@@ -58,7 +59,7 @@ def look_at(proxy: Proxy, *urls: str) -> httpx.Response:
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     content = [{"type": "text", "text": "what is this?"}, *parts]
     body = {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": 4}
-    return httpx.post(f"{proxy.url}/v1/chat/completions", json=body, timeout=60)
+    return http.post(f"{proxy.url}/v1/chat/completions", json=body, timeout=60)
 
 
 def test_a_picture_is_fetched_once_and_both_legs_get_the_same_bytes(
@@ -72,6 +73,38 @@ def test_a_picture_is_fetched_once_and_both_legs_get_the_same_bytes(
         parts = node.received()[-1]["body"]["messages"][0]["content"]
         assert [part["image_url"]["url"] for part in parts[1:]] == [expected, expected]
     assert "prompt_token_ids" not in decode.received()[-1]["body"]["kv_transfer_params"]
+
+
+SHAPES: dict[str, tuple[str, Any]] = {
+    "an object": ("/v1/chat/completions", {"type": "image_url", "image_url": {"url": "URL"}}),
+    "a string": ("/v1/chat/completions", {"type": "image_url", "image_url": "URL"}),
+    "without a type": ("/v1/chat/completions", {"video_url": {"url": "URL"}}),
+    "with an id": ("/v1/chat/completions", {"type": "x", "uuid": "u", "audio_url": "URL"}),
+    "input_image": ("/v1/chat/completions", {"type": "input_image", "image_url": "URL"}),
+    "a source": ("/v1/messages", {"type": "image", "source": {"type": "url", "url": "URL"}}),
+    "in a tool's result": (
+        "/v1/messages",
+        {"type": "tool_result", "content": [{"type": "image", "source": {"type": "url", "url": "URL"}}]},
+    ),
+    "in an input": ("/v1/responses", {"type": "input_image", "image_url": "URL"}),
+}
+
+
+@pytest.mark.parametrize("scheme", ["http", "HTTP", " http"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_shape_of_media_makes_a_node_dial_what_a_client_names(
+    prefill: Sim, decode: Sim, proxy: Proxy, shape: str, scheme: str
+) -> None:
+    route, part = SHAPES[shape]
+    messages = [{"role": "user", "content": [part]}]
+    body = {"model": MODEL, "max_tokens": 4, "input" if route == "/v1/responses" else "messages": messages}
+    raw = json.dumps(body).replace("URL", f"{scheme}://169.254.169.254/latest")
+    seen = len(prefill.received()) + len(decode.received())
+    headers = {"Content-Type": "application/json"}
+    answer = http.post(f"{proxy.url}{route}", content=raw, headers=headers, timeout=60)
+    assert answer.status_code == 400
+    assert "media in the messages" in answer.json()["error"]["message"]
+    assert len(prefill.received()) + len(decode.received()) == seen
 
 
 def test_media_that_is_already_inline_is_left_alone(proxy: Proxy, prefill: Sim) -> None:

@@ -2,13 +2,15 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from tests.processes import Proxy, Sim, events, proxy_in_front_of, sim_node, wait_until
+from engines.sim.faults import MESSAGE
+from tests.processes import Proxy, Sim, events, http, openai_client, proxy_in_front_of, sim_node, wait_until
 
 PROMPT = "the quick brown fox jumps over the lazy dog"
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello, what is the answer?"}]
@@ -16,12 +18,12 @@ CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "
 
 def completion(url: str, timeout: float = 60, **fields: Any) -> httpx.Response:
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 12, "temperature": 0} | fields
-    return httpx.post(f"{url}/v1/completions", json=body, timeout=timeout)
+    return http.post(f"{url}/v1/completions", json=body, timeout=timeout)
 
 
 def chat(url: str, **fields: Any) -> httpx.Response:
     body = {"model": "tiny", "messages": CHAT, "max_tokens": 12, "temperature": 0} | fields
-    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    return http.post(f"{url}/v1/chat/completions", json=body, timeout=60)
 
 
 def said(answer: httpx.Response) -> str:
@@ -61,7 +63,7 @@ def test_a_stream_keeps_the_nodes_events_and_media_type(proxy: Proxy) -> None:
 
 def test_both_legs_carry_the_clients_request_id(prefill: Sim, decode: Sim, proxy: Proxy) -> None:
     headers = {"X-Request-Id": "my-request-7"}
-    answer = httpx.post(f"{proxy.url}/v1/completions", json={"model": "tiny", "prompt": "x"}, headers=headers)
+    answer = http.post(f"{proxy.url}/v1/completions", json={"model": "tiny", "prompt": "x"}, headers=headers)
     assert answer.headers["x-request-id"] == "my-request-7"
     for node in (prefill, decode):
         assert node.received()[-1]["headers"]["x-request-id"] == "my-request-7"
@@ -69,7 +71,7 @@ def test_both_legs_carry_the_clients_request_id(prefill: Sim, decode: Sim, proxy
 
 @pytest.mark.parametrize("unsafe", ["a b", "x" * 200, "a;b"])
 def test_a_request_id_that_could_do_harm_in_a_log_is_replaced(proxy: Proxy, unsafe: str) -> None:
-    answer = httpx.post(f"{proxy.url}/v1/completions", json={"prompt": "x"}, headers={"X-Request-Id": unsafe})
+    answer = http.post(f"{proxy.url}/v1/completions", json={"prompt": "x"}, headers={"X-Request-Id": unsafe})
     assert answer.headers["x-request-id"] != unsafe
     assert answer.is_success
 
@@ -147,7 +149,7 @@ def test_what_a_node_refuses_reaches_the_client_in_the_nodes_words(
     [b"", b"{", b'{"prompt": }', b"\xff\xfe", b'{"a": NaN}', b"[1]", b'"text"', b"null", b"[" * 100_000],
 )
 def test_a_body_that_is_no_request_is_a_400_in_openais_shape(proxy: Proxy, content: bytes) -> None:
-    answer = httpx.post(
+    answer = http.post(
         f"{proxy.url}/v1/chat/completions", content=content, headers={"Content-Type": "application/json"}
     )
     error = answer.json()["error"]
@@ -158,14 +160,14 @@ def test_a_body_that_is_no_request_is_a_400_in_openais_shape(proxy: Proxy, conte
 
 def test_wrong_media_types_and_encodings_are_refused(proxy: Proxy) -> None:
     url = f"{proxy.url}/v1/completions"
-    assert httpx.post(url, content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 400
-    packed = httpx.post(url, content=b"{}", headers={"Content-Type": "application/json", "Content-Encoding": "gzip"})
+    assert http.post(url, content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 400
+    packed = http.post(url, content=b"{}", headers={"Content-Type": "application/json", "Content-Encoding": "gzip"})
     assert packed.status_code == 415
 
 
 def test_unknown_routes_and_methods_are_errors_in_openais_shape(proxy: Proxy) -> None:
-    assert httpx.post(f"{proxy.url}/v1/nothing").json()["error"]["code"] == 404
-    assert httpx.get(f"{proxy.url}/v1/completions").json()["error"]["code"] == 405
+    assert http.post(f"{proxy.url}/v1/nothing").json()["error"]["code"] == 404
+    assert http.get(f"{proxy.url}/v1/completions").json()["error"]["code"] == 405
 
 
 @pytest.mark.parametrize("leg", ["prefill", "decode"])
@@ -176,7 +178,36 @@ def test_a_nodes_own_failure_reaches_the_client_with_its_status(
     node.control(fault="status", status=503, headers={"Retry-After": "7"}, times=1)
     answer = completion(proxy.url)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
-    assert answer.json()["error"]["message"] == "simulated failure"
+    assert answer.json()["error"]["message"].startswith(f"node {leg}-0 answered 503")
+    assert answer.json()["error"]["type"] == "ServiceUnavailableError"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"fault": "status", "status": 500},
+        {"fault": "status", "status": 503},
+        {"fault": "error-first"},
+        {"fault": "error-after", "chunks": 3},
+    ],
+    ids=lambda fault: f"{fault['fault']} {fault.get('status', '')}".strip(),
+)
+@pytest.mark.parametrize("watched", [False, True])
+def test_what_a_failing_node_says_of_its_inside_is_not_told(
+    decode: Sim, proxy: Proxy, fault: dict[str, Any], stream: bool, watched: bool
+) -> None:
+    """A stream that cannot be continued passes unparsed, and its last event all the same."""
+    decode.control(**fault)
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 99, "ignore_eos": True, "stream": stream}
+    body |= {} if watched else {"logprobs": 1}
+    got = b""
+    with suppress(httpx.RemoteProtocolError), http.stream("POST", f"{proxy.url}/v1/completions", json=body) as answer:
+        for piece in answer.iter_raw():
+            got += piece
+    assert b"Traceback" not in got
+    assert json.loads(got.rpartition(b"data: ")[2])["error"]["message"]
+    assert b"[DONE]" not in got
 
 
 def test_a_decode_node_that_drops_every_connection_is_a_502_that_names_it(decode: Sim, proxy: Proxy) -> None:
@@ -191,7 +222,7 @@ def test_a_stream_that_begins_with_an_error_is_not_a_200(decode: Sim, proxy: Pro
     decode.control(fault="error-first")
     answer = completion(proxy.url, stream=True)
     assert answer.status_code == 502
-    assert "simulated failure" in answer.json()["error"]["message"]
+    assert "decode-0 began its answer with an error" in answer.json()["error"]["message"]
 
 
 def test_what_is_no_stream_reaches_a_client_that_asked_for_one_as_it_is() -> None:
@@ -204,18 +235,16 @@ def test_what_is_no_stream_reaches_a_client_that_asked_for_one_as_it_is() -> Non
         for ask in (completion, chat):
             answer = ask(proxy.url, stream=True)
             assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
-            assert answer.json()["error"]["message"] == "simulated failure"
-        wait_until(lambda: prefill.kv_usage() == 0, "prefill KV to be free")
-        proxy.until_at_rest()
+            assert answer.json()["error"]["message"] == MESSAGE
 
 
 def test_a_stream_cut_off_by_its_node_never_ends_as_if_it_were_whole(decode: Sim, proxy: Proxy) -> None:
     decode.control(fault="drop-after", chunks=3)
-    client = openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="none", max_retries=0)
-    stream = client.completions.create(model="tiny", prompt=PROMPT, stream=True, max_tokens=12, logprobs=1)
     pieces: list[str] = []
-    with pytest.raises(openai.APIError, match="decode-0"):
-        pieces.extend(chunk.choices[0].text for chunk in stream)
+    with openai_client(proxy.url) as client:
+        stream = client.completions.create(model="tiny", prompt=PROMPT, stream=True, max_tokens=12, logprobs=1)
+        with pytest.raises(openai.APIError, match="decode-0"):
+            pieces.extend(chunk.choices[0].text for chunk in stream)
     assert len(pieces) == 3
 
 
@@ -248,7 +277,7 @@ def test_health_is_503_and_says_why_until_a_pair_is_usable() -> None:
     flags = ["--prefill", "http://127.0.0.1:9", "--without-prefill", "refuse"]
     with sim_node("decode") as decode, proxy_in_front_of(decode, flags=flags, wait=False) as proxy:
         proxy.until_usable(1)
-        health = httpx.get(f"{proxy.url}/health")
+        health = http.get(f"{proxy.url}/health")
         assert health.status_code == 503
         nodes = {node["name"]: node for node in health.json()["nodes"]}
         assert nodes["decode-0"]["usable"]
@@ -256,7 +285,7 @@ def test_health_is_503_and_says_why_until_a_pair_is_usable() -> None:
         answer = completion(proxy.url)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
         assert "prefill-0: cannot be reached" in answer.json()["error"]["message"]
-        assert httpx.get(f"{proxy.url}/v1/models").status_code == 503
+        assert http.get(f"{proxy.url}/v1/models").status_code == 503
 
 
 def test_a_prefill_node_that_comes_back_is_used_in_its_new_life() -> None:
@@ -289,8 +318,8 @@ def test_requests_go_round_over_all_nodes() -> None:
 
 
 def test_the_models_are_the_nodes_models(proxy: Proxy) -> None:
-    client = openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="none")
-    models = client.models.list().data
+    with openai_client(proxy.url) as client:
+        models = client.models.list().data
     assert [model.id for model in models] == ["tiny"]
     assert models[0].max_model_len == 2048  # type: ignore[attr-defined]
 
@@ -308,15 +337,15 @@ def test_metrics_count_requests_and_hand_offs_by_what_became_of_them(proxy: Prox
 
 def test_no_client_can_make_new_series(proxy: Proxy) -> None:
     def series() -> set[str]:
-        lines = httpx.get(f"{proxy.url}/metrics").text.splitlines()
+        lines = http.get(f"{proxy.url}/metrics").text.splitlines()
         return {line.rsplit(" ", 1)[0] for line in lines if not line.startswith("#")}
 
     def ask_oddly(word: str) -> None:
         marks = {"x-request-id": word, "x-session-id": word}
         body = {"model": word, "prompt": PROMPT, "user": word}
-        assert httpx.post(f"{proxy.url}/v1/completions", json=body, headers=marks).status_code == 404
-        assert httpx.post(f"{proxy.url}/v1/{word}", json=body, headers=marks).status_code == 404
-        assert httpx.request(word.upper(), f"{proxy.url}/v1/completions", headers=marks).is_client_error
+        assert http.post(f"{proxy.url}/v1/completions", json=body, headers=marks).status_code == 404
+        assert http.post(f"{proxy.url}/v1/{word}", json=body, headers=marks).status_code == 404
+        assert http.request(word.upper(), f"{proxy.url}/v1/completions", headers=marks).is_client_error
 
     ask_oddly("first")
     before = series()
@@ -326,12 +355,12 @@ def test_no_client_can_make_new_series(proxy: Proxy) -> None:
 
 
 def test_the_openapi_page_has_the_generation_routes(proxy: Proxy) -> None:
-    paths = httpx.get(f"{proxy.url}/openapi.json").json()["paths"]
+    paths = http.get(f"{proxy.url}/openapi.json").json()["paths"]
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics"} <= paths.keys()
 
 
 def test_no_node_address_is_in_any_answer(prefill: Sim, decode: Sim, proxy: Proxy) -> None:
-    answers = [completion(proxy.url), chat(proxy.url, stream=True), httpx.get(f"{proxy.url}/health")]
+    answers = [completion(proxy.url), chat(proxy.url, stream=True), http.get(f"{proxy.url}/health")]
     for answer in answers:
         shown = f"{answer.headers} {answer.text}"
         assert not any(

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from tests.processes import MODEL, Proxy, Sim, events, proxy_in_front_of, sim_node, wait_until
+from tests.processes import MODEL, Proxy, Sim, events, http, openai_client, proxy_in_front_of, sim_node
 
 PROMPT = "the quick brown fox jumps over the lazy dog"
 COMPLETION: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
@@ -39,7 +39,7 @@ class Trio:
         self.decode[0].control(times=1, **fault)
 
     def stream(self, path: str, **fields: Any) -> httpx.Response:
-        return httpx.post(f"{self.proxy.url}{path}", json=ROUTES[path] | {"stream": True} | fields, timeout=60)
+        return http.post(f"{self.proxy.url}{path}", json=ROUTES[path] | {"stream": True} | fields, timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +53,9 @@ def _trio() -> Iterator[Trio]:
 
 @pytest.fixture
 def trio(_trio: Trio) -> Iterator[Trio]:
-    for node in (_trio.prefill, *_trio.decode):
-        node.control()
-    _trio.proxy.until_usable(3)
-    _trio.proxy.until_at_rest()
+    _trio.proxy.until_all_take_turns(3)
     yield _trio
-    for node in (_trio.prefill, *_trio.decode):
-        node.control()
-    _trio.proxy.until_at_rest()
-    wait_until(lambda: _trio.prefill.kv_usage() == 0, "prefill KV to be free")
+    _trio.proxy.must_leave_nothing([_trio.prefill, *_trio.decode])
 
 
 def said(answer: httpx.Response) -> str:
@@ -127,7 +121,7 @@ def test_it_goes_on_without_a_prefill_node_too(trio: Trio) -> None:
     for node in trio.decode:
         node.control(fault="drop-after", chunks=6, itl_s=0.1, times=1)
     body = CHAT | {"stream": True}
-    with httpx.stream("POST", f"{trio.proxy.url}/v1/chat/completions", json=body, timeout=60) as broken:
+    with http.stream("POST", f"{trio.proxy.url}/v1/chat/completions", json=body, timeout=60) as broken:
         pieces = broken.iter_bytes()
         first = next(pieces)
         trio.prefill.control(fault="drop")
@@ -138,14 +132,13 @@ def test_it_goes_on_without_a_prefill_node_too(trio: Trio) -> None:
 
 
 def test_the_openai_client_does_not_notice(trio: Trio) -> None:
-    client = openai.OpenAI(base_url=f"{trio.proxy.url}/v1", api_key="none", max_retries=0)
     texts = []
-    for fault in ({}, {"fault": "drop-after", "chunks": 3}, {"fault": "drop-after", "chunks": 3}):
-        trio.break_whoever_answers_first(**fault)
-        stream = client.chat.completions.create(
-            model=MODEL, messages=CHAT["messages"], max_tokens=12, temperature=0, stream=True
-        )
-        texts.append("".join(chunk.choices[0].delta.content or "" for chunk in stream))
+    asked: Any = {"model": MODEL, "messages": CHAT["messages"], "max_tokens": 12, "temperature": 0, "stream": True}
+    with openai_client(trio.proxy.url) as client:
+        for fault in ({}, {"fault": "drop-after", "chunks": 3}, {"fault": "drop-after", "chunks": 3}):
+            trio.break_whoever_answers_first(**fault)
+            stream: Any = client.chat.completions.create(**asked)
+            texts.append("".join(chunk.choices[0].delta.content or "" for chunk in stream))
     assert len(set(texts)) == 1
 
 
@@ -159,20 +152,20 @@ def test_what_cannot_be_continued_rightly_ends_as_an_error_and_never_as_if_it_we
 ) -> None:
     for node in trio.decode:
         node.control(fault="drop-after", chunks=3)
-    client = openai.OpenAI(base_url=f"{trio.proxy.url}/v1", api_key="none", max_retries=0)
-    stream = client.completions.create(model=MODEL, prompt=PROMPT, stream=True, max_tokens=12, extra_body=fields)
-    with pytest.raises(openai.APIError, match="decode-"):
-        list(stream)
+    with openai_client(trio.proxy.url) as client:
+        stream = client.completions.create(model=MODEL, prompt=PROMPT, stream=True, max_tokens=12, extra_body=fields)
+        with pytest.raises(openai.APIError, match="decode-"):
+            list(stream)
 
 
 def test_when_nobody_can_go_on_the_stream_ends_as_an_error(trio: Trio) -> None:
     for node in trio.decode:
         node.control(fault="drop-after", chunks=3)
-    client = openai.OpenAI(base_url=f"{trio.proxy.url}/v1", api_key="none", max_retries=0)
     fields = {"ignore_eos": True}
-    stream = client.completions.create(model=MODEL, prompt=PROMPT, stream=True, max_tokens=200, extra_body=fields)
-    with pytest.raises(openai.APIError):
-        list(stream)
+    with openai_client(trio.proxy.url) as client:
+        stream = client.completions.create(model=MODEL, prompt=PROMPT, stream=True, max_tokens=200, extra_body=fields)
+        with pytest.raises(openai.APIError):
+            list(stream)
 
 
 def test_resuming_can_be_switched_off() -> None:
@@ -185,7 +178,7 @@ def test_resuming_can_be_switched_off() -> None:
         for node in (decode, other):
             node.control(fault="drop-after", chunks=3)
         with pytest.raises(httpx.RemoteProtocolError):
-            httpx.post(f"{proxy.url}/v1/completions", json=COMPLETION | {"stream": True})
+            http.post(f"{proxy.url}/v1/completions", json=COMPLETION | {"stream": True})
         assert "return_token_ids" not in str(
             [node.received()[-1]["body"] for node in (decode, other) if node.received()]
         )
@@ -198,9 +191,8 @@ def test_a_node_that_dies_altogether_is_left_behind() -> None:
         sim_node("decode") as decode,
         proxy_in_front_of(prefill, dying, decode) as proxy,
     ):
-        whole = httpx.post(f"{prefill.url}/v1/completions", json=COMPLETION).json()["choices"][0]["text"]
+        whole = http.post(f"{prefill.url}/v1/completions", json=COMPLETION).json()["choices"][0]["text"]
         dying.control(fault="exit-after", chunks=5)
         for _ in range(2):
-            answer = httpx.post(f"{proxy.url}/v1/completions", json=COMPLETION | {"stream": True}, timeout=60)
+            answer = http.post(f"{proxy.url}/v1/completions", json=COMPLETION | {"stream": True}, timeout=60)
             assert said(answer) == whole
-        proxy.until_at_rest()

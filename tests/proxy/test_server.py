@@ -4,6 +4,7 @@ import json
 import socket
 import ssl
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -11,7 +12,7 @@ import psutil
 import pytest
 import trustme
 
-from tests.processes import MODEL, Proxy, proxy_in_front_of, sim_node, wait_until
+from tests.processes import MODEL, Proxy, Sim, http, proxy_in_front_of, sim_node, wait_until
 
 BODY = json.dumps({"model": MODEL, "prompt": "the quick brown fox", "max_tokens": 4}).encode()
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -59,7 +60,26 @@ def test_a_request_that_does_not_go_on_loses_its_connection(impatient: Proxy, se
         assert status in answer.split(b"\r\n")[0]
         if answer:
             assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "RequestTimeoutError"
-    assert httpx.get(f"{impatient.url}/health").is_success
+    assert http.get(f"{impatient.url}/health").is_success
+
+
+def test_a_body_without_an_end_is_refused_at_the_limit_and_its_sender_not_heard_for_ever(impatient: Proxy) -> None:
+    process = psutil.Process(impatient.process.pid)
+    most = 0
+    with connect(impatient) as client:
+        client.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        with suppress(ConnectionError):
+            while True:
+                client.sendall(b"100000\r\n" + b" " * 2**20 + b"\r\n")
+                most = max(most, process.memory_info().rss)
+    assert most < 2**29
+    wait_until(lambda: impatient.metric("pd_requests_total", status="413") == 1, "the refusal to be counted")
+
+
+def test_a_body_that_says_it_is_too_long_is_refused_before_it_is_sent(proxy: Proxy) -> None:
+    with connect(proxy) as client:
+        client.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: 1000000000\r\n\r\n")
+        assert b" 413 " in client.recv(65536).split(b"\r\n")[0]
 
 
 def test_half_a_request_behind_a_running_stream_does_not_end_it() -> None:
@@ -99,13 +119,7 @@ def test_a_client_that_never_reads_its_whole_answer_loses_its_connection() -> No
         client.settimeout(60)
         client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         wait_until(lambda: proxy.metric("pd_requests_total", status="200") == 1, "the answer to be written")
-        wait_until(lambda: not serves(proxy, client.getsockname()[1]), "the connection to be closed")
-
-
-def serves(proxy: Proxy, port: int) -> bool:
-    """Whether the proxy has a connection to this port of a client."""
-    connections = psutil.Process(proxy.process.pid).net_connections()
-    return any(connection.raddr and connection.raddr.port == port for connection in connections)
+        wait_until(lambda: not proxy.connections(client.getsockname()[1]), "the connection to be closed")
 
 
 @pytest.mark.parametrize(
@@ -133,6 +147,70 @@ def test_what_is_not_http_is_refused_in_openais_shape(proxy: Proxy, garbage: byt
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == 400
 
 
+SIZED = b"Content-Length: %d\r\n" % len(BODY)
+CHUNKED = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    {
+        "another coding": HEAD + b"Transfer-Encoding: xchunked\r\n\r\n" + CHUNKED,
+        "a coding after the last": HEAD + b"Transfer-Encoding: chunked, identity\r\n\r\n" + CHUNKED,
+        "a space before the colon": HEAD + b"Transfer-Encoding : chunked\r\n\r\n" + CHUNKED,
+        "two codings": HEAD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n" + CHUNKED,
+        "a coding and a length": HEAD + SIZED + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKED,
+        "a length twice": HEAD + SIZED + SIZED + b"\r\n" + BODY,
+        "a list of lengths": HEAD + b"Content-Length: 5, 5\r\n\r\n" + BODY,
+        "a signed length": HEAD + b"Content-Length: +5\r\n\r\n" + BODY,
+        "an endless length": HEAD + b"Content-Length: 99999999999999999999999\r\n\r\n" + BODY,
+        "bare line feeds": (HEAD + SIZED + b"\r\n").replace(b"\r\n", b"\n") + BODY,
+        "a folded header": HEAD + b"X-A: a\r\n b\r\n" + SIZED + b"\r\n" + BODY,
+        "a chunk of no size": HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
+        "a chunk of negative size": HEAD + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n\r\n",
+        "a control character": HEAD + b"X-A: a\x01b\r\n" + SIZED + b"\r\n" + BODY,
+        "a null": HEAD + b"X-A: a\x00b\r\n" + SIZED + b"\r\n" + BODY,
+        "a carriage return": HEAD + b"X-A: a\rb\r\n" + SIZED + b"\r\n" + BODY,
+        "no host": HEAD.replace(b"Host: x\r\n", b"") + SIZED + b"\r\n" + BODY,
+        "two hosts": HEAD + b"Host: y\r\n" + SIZED + b"\r\n" + BODY,
+        "HTTP/2.0": HEAD.replace(b"1.1", b"2.0") + SIZED + b"\r\n" + BODY,
+        "a tunnel": b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_a_request_that_two_servers_could_read_in_two_ways_is_refused_and_its_connection_closed(
+    decode: Sim, proxy: Proxy, request_: tuple[str, bytes]
+) -> None:
+    seen = len(decode.received())
+    with connect(proxy) as client:
+        client.sendall(request_[1])
+        answer = read_all(client)
+    assert b" 400 " in answer.split(b"\r\n")[0]
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert len(decode.received()) == seen
+
+
+@pytest.mark.parametrize("pieces", [1, 7])
+@pytest.mark.parametrize("framing", ["a length", "chunks"])
+def test_who_asks_for_another_protocol_is_served_in_this_one(proxy: Proxy, framing: str, pieces: int) -> None:
+    """As Java's client does, and `curl --http2`."""
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+    sized = SIZED + b"\r\n" + BODY
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKED
+    asked = (HEAD + upgrade + (sized if framing == "a length" else chunked)) * 2
+    with connect(proxy) as client:
+        for start in range(0, len(asked), len(asked) // pieces):
+            client.sendall(asked[start : start + len(asked) // pieces])
+        answer = b""
+        while answer.count(b'"kv_transfer_params":null}') < 2:
+            answer += client.recv(65536)
+    assert answer.count(b"HTTP/1.1 200 OK") == 2
+
+
+def test_health_may_be_asked_for_its_status_alone(proxy: Proxy) -> None:
+    answer = http.head(f"{proxy.url}/health")
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
 def test_an_http_1_0_client_gets_a_body_that_ends_with_the_connection(proxy: Proxy) -> None:
     body = json.loads(BODY) | {"stream": True}
     raw = json.dumps(body).encode()
@@ -154,12 +232,15 @@ def test_a_client_that_waits_for_permission_to_send_gets_it(proxy: Proxy) -> Non
         assert b" 200 " in read_all(client).split(b"\r\n")[0]
 
 
-def test_a_client_that_shuts_its_sending_side_is_still_served(proxy: Proxy) -> None:
+def test_a_client_that_shuts_its_sending_side_has_left(decode: Sim, proxy: Proxy) -> None:
+    """It cannot be told from one that has closed, and one that has closed must not go on costing a node its KV."""
+    decode.control(fault="hang-after", chunks=1)
     with connect(proxy) as client:
-        client.sendall(HEAD + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(BODY) + BODY)
+        client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY)
+        wait_until(lambda: decode.metric("vllm:num_requests_running") == 1, "the decode leg")
         client.shutdown(socket.SHUT_WR)
-        answer = read_all(client)
-    assert answer == b"" or b" 200 " in answer.split(b"\r\n")[0]
+        assert read_all(client) == b""
+        wait_until(lambda: decode.metric("vllm:num_requests_running") == 0, "the decode node to stop")
 
 
 def test_it_speaks_tls(tmp_path: Path) -> None:

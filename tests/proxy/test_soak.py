@@ -17,7 +17,7 @@ import openai
 import psutil
 import pytest
 
-from tests.processes import MODEL, Proxy, Sim, events, proxy_in_front_of, sim_node, wait_until
+from tests.processes import MODEL, Proxy, Sim, events, http, openai_client, proxy_in_front_of, sim_node, wait_until
 
 SECONDS = float(os.environ.get("SOAK_S", "10"))
 CLIENTS = 8
@@ -35,6 +35,9 @@ FAULTS: list[dict[str, Any]] = [
     {"itl_s": 0.05, "ttft_s": 0.3},
     {},
 ]
+
+MOST_GROWTH = 16 * 2**20
+"""Of the proxy's memory, in bytes, once it has met everything: a leak of a request's size would be ten times that."""
 
 pytestmark = pytest.mark.timeout(SECONDS + 300)
 
@@ -70,7 +73,7 @@ def body(prompt: str, **fields: Any) -> dict[str, Any]:
 
 
 def ask_whole(cluster: Cluster, prompt: str) -> str:
-    answer = httpx.post(f"{cluster.proxy.url}/v1/completions", json=body(prompt), timeout=60)
+    answer = http.post(f"{cluster.proxy.url}/v1/completions", json=body(prompt), timeout=60)
     if answer.is_success:
         text: str = answer.json()["choices"][0]["text"]
         return text
@@ -80,18 +83,16 @@ def ask_whole(cluster: Cluster, prompt: str) -> str:
 
 
 def ask_stream(cluster: Cluster, prompt: str) -> str:
-    client = openai.OpenAI(base_url=f"{cluster.proxy.url}/v1", api_key="none", max_retries=0, timeout=60)
-    extra = {"ignore_eos": True}
-    stream = client.completions.create(
-        model=MODEL, prompt=prompt, max_tokens=12, temperature=0, stream=True, extra_body=extra
-    )
-    return "".join(chunk.choices[0].text for chunk in stream)
+    asked: Any = {"model": MODEL, "prompt": prompt, "max_tokens": 12, "temperature": 0, "stream": True}
+    with openai_client(cluster.proxy.url) as client:
+        stream: Any = client.completions.create(**asked, extra_body={"ignore_eos": True})
+        return "".join(chunk.choices[0].text for chunk in stream)
 
 
 def leave_early(cluster: Cluster, prompt: str) -> None:
     with (
         suppress(httpx.HTTPError),
-        httpx.stream(
+        http.stream(
             "POST",
             f"{cluster.proxy.url}/v1/completions",
             json=body(prompt, stream=True),
@@ -137,28 +138,29 @@ def open_sockets(proxy: Proxy) -> int:
 
 def test_whatever_happens_answers_are_right_or_refused_and_nothing_is_left(cluster: Cluster) -> None:
     for prompt in PROMPTS:
-        alone = httpx.post(f"{cluster.decode[0].url}/v1/completions", json=body(prompt))
+        alone = http.post(f"{cluster.decode[0].url}/v1/completions", json=body(prompt))
         cluster.right[prompt] = alone.json()["choices"][0]["text"]
     until = time.monotonic() + SECONDS
     work = [threading.Thread(target=ask_for_a_while, args=(cluster, until, seed)) for seed in range(CLIENTS)]
     work.append(threading.Thread(target=trouble, args=(cluster, until)))
     for thread in work:
         thread.start()
+    memory = []
+    while any(thread.is_alive() for thread in work):
+        memory.append(psutil.Process(cluster.proxy.process.pid).memory_info().rss)
+        time.sleep(SECONDS / 40)
     for thread in work:
         thread.join()
-    for node in cluster.nodes:
-        wait_until(lambda node=node: node.control() is None, "the node to listen again")  # type: ignore[misc]
     assert cluster.wrong == []
     assert cluster.told["answered"] > 0
+    cluster.proxy.must_leave_nothing(cluster.nodes)
     cluster.proxy.until_usable(4)
-    cluster.proxy.until_at_rest()
-    for node in cluster.nodes:
-        wait_until(lambda node=node: node.kv_usage() == 0, f"{node.role} KV to be free")  # type: ignore[misc]
-        wait_until(lambda node=node: node.metric("vllm:num_requests_running") == 0, "no request to run")  # type: ignore[misc]
+    assert memory[-1] - memory[len(memory) // 4] < MOST_GROWTH, memory
     wait_until(lambda: open_sockets(cluster.proxy) < 2 * len(cluster.nodes) + 8, "idle connections to be closed")
     for prompt in PROMPTS:
         assert ask_stream(cluster, prompt) == ask_whole(cluster, prompt) == cluster.right[prompt]
-    print(f"soak of {SECONDS:g} s: {dict(cluster.told)}")  # noqa: T201
+    shown = [round(rss / 1e6) for rss in memory[:: max(1, len(memory) // 10)]]
+    print(f"soak of {SECONDS:g} s: {dict(cluster.told)}; proxy RSS MB: {shown}")  # noqa: T201
 
 
 def test_a_storm_of_leavers_leaves_nothing(cluster: Cluster) -> None:
@@ -170,7 +172,7 @@ def test_a_storm_of_leavers_leaves_nothing(cluster: Cluster) -> None:
         for _ in range(leavers // CLIENTS):
             asked = body(chance.choice(PROMPTS), stream=chance.random() < 0.5)
             with suppress(httpx.HTTPError):
-                httpx.post(f"{cluster.proxy.url}/v1/completions", json=asked, timeout=chance.uniform(0.001, 0.1))
+                http.post(f"{cluster.proxy.url}/v1/completions", json=asked, timeout=chance.uniform(0.001, 0.1))
 
     for node in cluster.nodes:
         node.control(ttft_s=0.05, itl_s=0.02)
@@ -179,9 +181,6 @@ def test_a_storm_of_leavers_leaves_nothing(cluster: Cluster) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    cluster.proxy.until_at_rest()
-    for node in cluster.nodes:
-        wait_until(lambda node=node: node.kv_usage() == 0, f"{node.role} KV to be free")  # type: ignore[misc]
-        wait_until(lambda node=node: node.metric("vllm:num_requests_running") == 0, "no request to run")  # type: ignore[misc]
-        assert node.state()["expired"] == 0
-    assert events(httpx.post(f"{cluster.proxy.url}/v1/completions", json=body("x", stream=True)))[-1] == "[DONE]"
+    cluster.proxy.must_leave_nothing(cluster.nodes)
+    assert [node.state()["expired"] for node in cluster.nodes] == [0] * len(cluster.nodes)
+    assert events(http.post(f"{cluster.proxy.url}/v1/completions", json=body("x", stream=True)))[-1] == "[DONE]"

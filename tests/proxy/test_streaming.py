@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.processes import MODEL, Proxy, Sim, proxy_in_front_of, sim_node, wait_until
+from tests.processes import MODEL, Proxy, Sim, http, proxy_in_front_of, sim_node, wait_until
 
 BODY: dict[str, Any] = {"model": MODEL, "prompt": "the quick brown fox", "max_tokens": 8, "temperature": 0}
 
@@ -82,7 +82,7 @@ def test_requests_sent_at_once_on_one_connection_are_answered_in_turn(prefill: S
         answers = read_until(client, b'"kv_transfer_params":null}', times=3)
     places = []
     for prompt in prompts:
-        alone = httpx.post(f"{prefill.url}/v1/completions", json=BODY | {"prompt": prompt}).json()
+        alone = http.post(f"{prefill.url}/v1/completions", json=BODY | {"prompt": prompt}).json()
         places.append(answers.index(json.dumps(alone["choices"][0]["text"]).encode()))
     assert places == sorted(places)
 
@@ -98,7 +98,7 @@ def test_a_body_may_come_slowly_and_in_chunks(prefill: Sim, proxy: Proxy) -> Non
             time.sleep(0.01)
         client.sendall(b"0\r\n\r\n")
         answer = read_until(client, b'"kv_transfer_params":null}')
-    text = httpx.post(f"{prefill.url}/v1/completions", json=BODY).json()["choices"][0]["text"]
+    text = http.post(f"{prefill.url}/v1/completions", json=BODY).json()["choices"][0]["text"]
     assert json.dumps(text).encode() in answer
 
 

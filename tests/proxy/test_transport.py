@@ -1,6 +1,7 @@
 """The hot path's HTTP client, against servers that misbehave on purpose."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from itertools import pairwise
@@ -350,12 +351,29 @@ def test_a_closed_port_is_said_to_be_one() -> None:
         asyncio.run(main())
 
 
+def test_the_addresses_of_a_name_are_tried_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`localhost` is `::1` first on many machines, and nodes listen on `127.0.0.1`."""
+
+    def both(_: object, port: int, *__: object, **___: object) -> list[tuple[object, ...]]:
+        of = (socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
+        return [(socket.AF_INET6, *of, ("::1", port, 0, 0)), (socket.AF_INET, *of, ("127.0.0.1", port))]
+
+    async def main() -> tuple[int, bytes]:
+        async with server(answering(OK)) as reached:
+            named = NodeClient("node-0", f"http://both.test:{reached._port}", connect_timeout_s=5)
+            monkeypatch.setattr(socket, "getaddrinfo", both)
+            try:
+                return await ask_whole(named)
+            finally:
+                named.close()
+
+    assert asyncio.run(main()) == (200, b"hello")
+
+
 def test_a_port_that_takes_no_connection_is_given_up() -> None:
     """A listener whose queue is full lets a connect hang."""
 
     async def main() -> None:
-        import socket  # noqa: PLC0415
-
         with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
             port = listener.getsockname()[1]
             fillers = []

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
-from tests.processes import MODEL, Proxy, Sim, proxy_in_front_of, sim_node, wait_until
+from tests.processes import MODEL, Proxy, Sim, http, proxy_in_front_of, sim_node, wait_until
 
 BODY = {"model": MODEL, "prompt": "the quick brown fox", "max_tokens": 4, "temperature": 0}
 WORKERS = 3
@@ -35,7 +34,7 @@ def workers(proxy: Proxy) -> list[psutil.Process]:
 def ask(proxy: Proxy, times: int) -> None:
     """Each on a connection of its own, so that every worker gets some."""
     for _ in range(times):
-        assert httpx.post(f"{proxy.url}/v1/completions", json=BODY).is_success
+        assert http.post(f"{proxy.url}/v1/completions", json=BODY).is_success
 
 
 def all_know(proxy: Proxy, streams: int) -> bool:
@@ -58,7 +57,7 @@ def test_load_is_known_across_workers(served: tuple[Sim, Sim, Proxy]) -> None:
         node.control(fault="hang-after", chunks=1)
     with ExitStack() as streams:
         for number in range(1, 13):
-            request = httpx.stream("POST", f"{proxy.url}/v1/completions", json=BODY | {"stream": True})
+            request = http.stream("POST", f"{proxy.url}/v1/completions", json=BODY | {"stream": True})
             assert streams.enter_context(request).is_success
             wait_until(lambda n=number: all_know(proxy, n), "all workers to know")  # type: ignore[misc]
         assert [proxy.metric("pd_node_in_flight", node=f"decode-{n}") for n in range(2)] == [6, 6]

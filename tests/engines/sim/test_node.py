@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.processes import PATIENCE_S, Sim, events, sim_node, wait_until
+from tests.processes import PATIENCE_S, Sim, events, http, sim_node, wait_until
 
 PROMPT = "the quick brown fox jumps over the lazy dog"
 
@@ -31,7 +31,7 @@ def short_lived() -> Iterator[tuple[Sim, Sim]]:
 
 def ask(node: Sim, timeout: float = 30, **fields: Any) -> httpx.Response:
     body = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 8} | fields
-    return httpx.post(f"{node.url}/v1/completions", json=body, timeout=timeout)
+    return http.post(f"{node.url}/v1/completions", json=body, timeout=timeout)
 
 
 def prefill_leg(node: Sim, transfer_id: str, **fields: Any) -> httpx.Response:
@@ -215,7 +215,7 @@ def test_a_node_can_refuse_connections_and_come_back() -> None:
 
 def _refuses(node: Sim) -> bool:
     try:
-        httpx.get(f"{node.url}/health")
+        http.get(f"{node.url}/health")
     except httpx.ConnectError:
         return True
     return False
@@ -233,7 +233,7 @@ def test_twenty_pulls_for_ids_that_never_come_stop_a_node_from_sending_to_anybod
 
 def _pull(prefill: Sim, transfer_id: str) -> None:
     with suppress(httpx.HTTPError):
-        httpx.post(
+        http.post(
             f"{prefill.bootstrap}/sim/pull", json={"transfer_id": transfer_id, "engine_id": "e"}, timeout=PATIENCE_S
         )
 
@@ -257,11 +257,11 @@ def test_a_refusal_that_the_engine_itself_makes_comes_inside_a_stream(nodes: tup
 
 def test_each_rank_holds_its_own_kv() -> None:
     with sim_node("prefill", flags=["--data-parallel-size", "2"]) as prefill, sim_node("decode") as decode:
-        query = httpx.get(f"{prefill.bootstrap}/query").json()
+        query = http.get(f"{prefill.bootstrap}/query").json()
         assert sorted(query) == ["0", "1"]
         params = {"do_remote_decode": True, "transfer_id": "t"}
         body = {"prompt": PROMPT, "max_tokens": 1, "min_tokens": 1, "kv_transfer_params": params}
-        httpx.post(f"{prefill.url}/v1/completions", json=body, headers={"X-data-parallel-rank": "1"})
+        http.post(f"{prefill.url}/v1/completions", json=body, headers={"X-data-parallel-rank": "1"})
         wrong = decode_params(prefill, "t", remote_engine_id=query["0"]["engine_id"])
         with pytest.raises(httpx.ReadTimeout):
             ask(decode, timeout=1, kv_transfer_params=wrong)
@@ -279,5 +279,5 @@ def test_each_rank_holds_its_own_kv() -> None:
 def test_responses_and_messages_end_by_their_own_word_for_length(
     decode: Sim, path: str, body: dict[str, Any], word: str
 ) -> None:
-    assert word in httpx.post(f"{decode.url}{path}", json=body | {"temperature": 0}).text
-    assert httpx.post(f"{decode.url}{path}", json={"model": "tiny"}).status_code == 400
+    assert word in http.post(f"{decode.url}{path}", json=body | {"temperature": 0}).text
+    assert http.post(f"{decode.url}{path}", json={"model": "tiny"}).status_code == 400
