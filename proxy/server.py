@@ -67,28 +67,36 @@ class ClientProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
+        unread = memoryview(data)
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as exc:
-            self._go_on_without_upgrade(data[exc.args[0] :])
+            while (offset := self._parsed(unread)) is not None:
+                unread = unread[offset:]
+                self._begin_again_without_upgrade()
         except httptools.HttpParserError:
             self.send_400_response("")
 
-    def _go_on_without_upgrade(self, rest: bytes) -> None:
+    def _parsed(self, data: memoryview) -> int | None:
+        """Where a request ends its head with the wish for another protocol; None when all is read."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as exc:
+            return int(exc.args[0])
+        return None
+
+    def _begin_again_without_upgrade(self) -> None:
         """Java's client asks every server for HTTP/2, by an Upgrade that may be ignored (RFC 9110 §7.8).
 
         The parser takes what follows for another protocol, so another parser is given the same head without it.
         """
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
         if method == b"CONNECT":
-            self.send_400_response("")
-            return
+            raise httptools.HttpParserError("a tunnel")
         headers = [header for header in self.headers if header[0] not in _OF_AN_UPGRADE]
         if not self.parser.should_keep_alive():
             headers.append((b"connection", b"close"))
         self.parser = httptools.HttpRequestParser(self)
         lines = [b"%b %b HTTP/%b\r\n" % (method, self.url, version), *(b"%b: %b\r\n" % header for header in headers)]
-        self.data_received(b"".join((*lines, b"\r\n", rest)))
+        self.parser.feed_data(b"".join((*lines, b"\r\n")))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

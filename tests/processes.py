@@ -195,6 +195,11 @@ class Proxy:
         wait_until(lambda: self.metric("pd_tasks") <= MOST_TASKS_AT_REST, "the tasks of requests to end")
         wait_until(lambda: not self.connections(), "the clients' connections to be closed")
 
+    def connect(self) -> socket.socket:
+        """A bare connection, for what no HTTP client would do."""
+        host, port = self.url.removeprefix("http://").split(":")
+        return socket.create_connection((host, int(port)), timeout=60)
+
     def connections(self, client_port: int | None = None) -> list[Any]:
         """Those of clients, or of one client, that the proxy has not closed."""
         port, first = int(self.url.rpartition(":")[2]), psutil.Process(self.process.pid)

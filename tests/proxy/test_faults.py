@@ -272,13 +272,12 @@ def test_when_it_is_full_requests_wait_then_are_sent_away_and_those_who_leave_ar
 ) -> None:
     prefill, decode, proxy = narrow
     decode.control(fault="hang-after", chunks=2, times=2)
-    host, port = proxy.url.removeprefix("http://").split(":")
     raw = json.dumps(BODY | {"stream": True}).encode()
     head = f"POST {ROUTE} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
     with ExitStack() as stack:
         clients = []
         for number in range(4):
-            client = stack.enter_context(socket.create_connection((host, int(port)), timeout=60))
+            client = stack.enter_context(proxy.connect())
             client.sendall(head.encode() + raw)
             clients.append(client)
             inside, waiting = min(number + 1, 2), max(number - 1, 0)
@@ -320,10 +319,9 @@ def test_who_has_waited_too_long_is_sent_away() -> None:
 
 
 def test_others_are_served_while_a_large_body_comes_in(proxy: Proxy) -> None:
-    host, port = proxy.url.removeprefix("http://").split(":")
     raw = json.dumps(BODY | {"prompt": "x " * 10_000_000}).encode()
     head = f"POST {ROUTE} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
-    with socket.create_connection((host, int(port)), timeout=60) as client:
+    with proxy.connect() as client:
         client.sendall(head.encode() + raw[: len(raw) // 2])
         assert ask(proxy.url).is_success
         client.sendall(raw[len(raw) // 2 :])

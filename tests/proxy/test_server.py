@@ -29,11 +29,6 @@ def impatient() -> Iterator[Proxy]:
         yield proxy
 
 
-def connect(proxy: Proxy) -> socket.socket:
-    host, port = proxy.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=30)
-
-
 def read_all(client: socket.socket) -> bytes:
     data = b""
     while piece := client.recv(65536):
@@ -54,7 +49,7 @@ def read_all(client: socket.socket) -> bytes:
     ids=["no byte", "half a line", "half a head", "no body", "half a body", "half a chunk"],
 )
 def test_a_request_that_does_not_go_on_loses_its_connection(impatient: Proxy, sent: bytes, status: bytes) -> None:
-    with connect(impatient) as client:
+    with impatient.connect() as client:
         client.sendall(sent)
         answer = read_all(client)
         assert status in answer.split(b"\r\n")[0]
@@ -66,7 +61,7 @@ def test_a_request_that_does_not_go_on_loses_its_connection(impatient: Proxy, se
 def test_a_body_without_an_end_is_refused_at_the_limit_and_its_sender_not_heard_for_ever(impatient: Proxy) -> None:
     process = psutil.Process(impatient.process.pid)
     most = 0
-    with connect(impatient) as client:
+    with impatient.connect() as client:
         client.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
         with suppress(ConnectionError):
             while True:
@@ -77,7 +72,7 @@ def test_a_body_without_an_end_is_refused_at_the_limit_and_its_sender_not_heard_
 
 
 def test_a_body_that_says_it_is_too_long_is_refused_before_it_is_sent(proxy: Proxy) -> None:
-    with connect(proxy) as client:
+    with proxy.connect() as client:
         client.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: 1000000000\r\n\r\n")
         assert b" 413 " in client.recv(65536).split(b"\r\n")[0]
 
@@ -93,7 +88,7 @@ def test_half_a_request_behind_a_running_stream_does_not_end_it() -> None:
     ):
         decode.control(itl_s=0.8)
         for rest in (b"POST /v1/comp", HEAD + b"Content-Length: 100\r\n\r\n{"):
-            with connect(proxy) as client:
+            with proxy.connect() as client:
                 client.sendall(whole + rest)
                 answers = read_all(client)
             first, end, second = answers.partition(b"data: [DONE]\n\n\r\n0\r\n\r\n")
@@ -132,7 +127,7 @@ def test_a_client_that_never_reads_its_whole_answer_loses_its_connection() -> No
     ids=["one long header", "many headers", "a long path"],
 )
 def test_a_head_that_is_too_large_is_refused(proxy: Proxy, head: bytes) -> None:
-    with connect(proxy) as client:
+    with proxy.connect() as client:
         client.sendall(head)
         answer = read_all(client)
     assert b" 431 " in answer.split(b"\r\n")[0]
@@ -141,7 +136,7 @@ def test_a_head_that_is_too_large_is_refused(proxy: Proxy, head: bytes) -> None:
 
 @pytest.mark.parametrize("garbage", [b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"SSH-2.0-x\r\n", b"\x00" * 50])
 def test_what_is_not_http_is_refused_in_openais_shape(proxy: Proxy, garbage: bytes) -> None:
-    with connect(proxy) as client:
+    with proxy.connect() as client:
         client.sendall(garbage)
         answer = read_all(client)
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == 400
@@ -181,7 +176,7 @@ def test_a_request_that_two_servers_could_read_in_two_ways_is_refused_and_its_co
     decode: Sim, proxy: Proxy, request_: tuple[str, bytes]
 ) -> None:
     seen = len(decode.received())
-    with connect(proxy) as client:
+    with proxy.connect() as client:
         client.sendall(request_[1])
         answer = read_all(client)
     assert b" 400 " in answer.split(b"\r\n")[0]
@@ -197,13 +192,28 @@ def test_who_asks_for_another_protocol_is_served_in_this_one(proxy: Proxy, frami
     sized = SIZED + b"\r\n" + BODY
     chunked = b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKED
     asked = (HEAD + upgrade + (sized if framing == "a length" else chunked)) * 2
-    with connect(proxy) as client:
+    with proxy.connect() as client:
         for start in range(0, len(asked), len(asked) // pieces):
             client.sendall(asked[start : start + len(asked) // pieces])
         answer = b""
         while answer.count(b'"kv_transfer_params":null}') < 2:
             answer += client.recv(65536)
     assert answer.count(b"HTTP/1.1 200 OK") == 2
+
+
+def test_a_crowd_of_such_wishes_on_one_connection_is_served_one_after_the_other(proxy: Proxy) -> None:
+    """More than Python's stack is deep."""
+    wishes = 1500
+    wish = b"GET /nothing HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    with proxy.connect() as client:
+        client.sendall(wish * wishes)
+        answered, rest = 0, b""
+        while answered < wishes:
+            piece = client.recv(2**16)
+            assert piece, f"closed after {answered}"
+            rest += piece
+            answered += rest.count(b"HTTP/1.1 404 ")
+            rest = rest[-12:]  # half of what is counted, perhaps
 
 
 def test_health_may_be_asked_for_its_status_alone(proxy: Proxy) -> None:
@@ -215,7 +225,7 @@ def test_an_http_1_0_client_gets_a_body_that_ends_with_the_connection(proxy: Pro
     body = json.loads(BODY) | {"stream": True}
     raw = json.dumps(body).encode()
     head = HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Content-Length: %d\r\n\r\n" % len(raw)
-    with connect(proxy) as client:
+    with proxy.connect() as client:
         client.sendall(head + raw)
         answer = read_all(client)
     head, _, stream = answer.partition(b"\r\n\r\n")
@@ -225,7 +235,7 @@ def test_an_http_1_0_client_gets_a_body_that_ends_with_the_connection(proxy: Pro
 
 
 def test_a_client_that_waits_for_permission_to_send_gets_it(proxy: Proxy) -> None:
-    with connect(proxy) as client:
+    with proxy.connect() as client:
         client.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(BODY))
         assert client.recv(100).startswith(b"HTTP/1.1 100 Continue")
         client.sendall(BODY)
@@ -235,7 +245,7 @@ def test_a_client_that_waits_for_permission_to_send_gets_it(proxy: Proxy) -> Non
 def test_a_client_that_shuts_its_sending_side_has_left(decode: Sim, proxy: Proxy) -> None:
     """It cannot be told from one that has closed, and one that has closed must not go on costing a node its KV."""
     decode.control(fault="hang-after", chunks=1)
-    with connect(proxy) as client:
+    with proxy.connect() as client:
         client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY)
         wait_until(lambda: decode.metric("vllm:num_requests_running") == 1, "the decode leg")
         client.shutdown(socket.SHUT_WR)

@@ -13,11 +13,6 @@ from tests.processes import MODEL, Proxy, Sim, http, proxy_in_front_of, sim_node
 BODY: dict[str, Any] = {"model": MODEL, "prompt": "the quick brown fox", "max_tokens": 8, "temperature": 0}
 
 
-def connect(proxy: Proxy) -> socket.socket:
-    host, port = proxy.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=30)
-
-
 def request(body: dict[str, Any], *headers: str) -> bytes:
     raw = json.dumps(body).encode()
     head = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", *headers]
@@ -37,7 +32,7 @@ def read_until(client: socket.socket, mark: bytes, times: int = 1) -> bytes:
 
 def test_a_chunk_that_has_come_is_not_held_back_for_the_next(decode: Sim, proxy: Proxy) -> None:
     decode.control(fault="hang-after", chunks=3)
-    with connect(proxy) as client:
+    with proxy.connect() as client:
         client.sendall(request(BODY | {"stream": True}))
         assert read_until(client, b"data: ", times=3).count(b"data: ") == 3
 
@@ -45,7 +40,7 @@ def test_a_chunk_that_has_come_is_not_held_back_for_the_next(decode: Sim, proxy:
 def test_a_client_that_leaves_before_the_first_chunk_stops_its_node(decode: Sim, proxy: Proxy) -> None:
     """The node has said 200 and nothing more."""
     decode.control(fault="hang-after", chunks=0)
-    with connect(proxy) as client:
+    with proxy.connect() as client:
         client.sendall(request(BODY | {"stream": True}))
         wait_until(lambda: decode.metric("vllm:num_requests_running") == 1, "the decode leg")
     wait_until(lambda: decode.metric("vllm:num_requests_running") == 0, "the decode node to stop")
@@ -77,7 +72,7 @@ def test_a_reader_that_stops_stops_its_node_and_not_the_proxys_memory() -> None:
 
 def test_requests_sent_at_once_on_one_connection_are_answered_in_turn(prefill: Sim, proxy: Proxy) -> None:
     prompts = ["first one", "second one", "third one"]
-    with connect(proxy) as client:
+    with proxy.connect() as client:
         client.sendall(b"".join(request(BODY | {"prompt": prompt}) for prompt in prompts))
         answers = read_until(client, b'"kv_transfer_params":null}', times=3)
     places = []
@@ -90,7 +85,7 @@ def test_requests_sent_at_once_on_one_connection_are_answered_in_turn(prefill: S
 def test_a_body_may_come_slowly_and_in_chunks(prefill: Sim, proxy: Proxy) -> None:
     raw = json.dumps(BODY).encode()
     head, _, _ = request(BODY, "Transfer-Encoding: chunked").partition(b"\r\n\r\n")
-    with connect(proxy) as client:
+    with proxy.connect() as client:
         client.sendall(head + b"\r\n\r\n")
         for start in range(0, len(raw), 16):
             piece = raw[start : start + 16]
@@ -106,7 +101,7 @@ def test_two_lengths_for_one_body_are_refused(decode: Sim, proxy: Proxy) -> None
     seen = len(decode.received())
     for smuggled in (["Content-Length: 5", "Content-Length: 6"], ["Transfer-Encoding: chunked", "Content-Length: 6"]):
         head = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", *smuggled, "", ""]
-        with connect(proxy) as client:
+        with proxy.connect() as client:
             client.sendall("\r\n".join(head).encode() + b"{}{}{}")
             assert b" 400 " in client.recv(65536).split(b"\r\n")[0]
     assert len(decode.received()) == seen
