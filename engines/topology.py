@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from .base import Role
-from .connectors import CONNECTORS, ConnectorName
+from .connectors.names import CONNECTORS, ConnectorName
 
 
 def _base_url(url: str) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from engines.vllm import OWNED_FLAGS
+from engines.vllm.command import OWNED_FLAGS
 
 from .errors import ConfigError
 

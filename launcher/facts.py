@@ -11,7 +11,7 @@ from pathlib import Path
 import platformdirs
 
 import engines.plugins
-from engines.vllm import Device
+from engines.vllm.command import Device
 
 APPLICATION = "pd-launch"
 _LONGEST_TEMPORARY = 30

@@ -8,9 +8,11 @@ from itertools import count
 from pathlib import Path
 from typing import Literal
 
-from engines import mooncake, mooncake_store, topology, vllm
+from engines import topology
 from engines.base import Role
-from engines.connectors import ConnectorName
+from engines.connectors import mooncake, mooncake_store
+from engines.connectors.names import ConnectorName
+from engines.vllm import command
 
 from .config import TINY_MODEL, LaunchConfig
 from .errors import ConfigError
@@ -170,7 +172,7 @@ def moved_node(plan: Plan, config: LaunchConfig, facts: HostFacts, node: NodePro
 def _node(config: LaunchConfig, facts: HostFacts, seat: Seat, run_dir: Path, temporary: Path) -> NodeProcess:
     role_args = config.prefill_args if seat.role is Role.PREFILL else config.decode_args
     own_args = [arg.split("=", 1)[1] for arg in config.node_args if arg.startswith(f"{seat.name}=")]
-    launch = vllm.Launch(
+    launch = command.Launch(
         role=seat.role,
         model=_model_argument(config, facts),
         served_model_name=_served_name(config),
@@ -182,23 +184,23 @@ def _node(config: LaunchConfig, facts: HostFacts, seat: Seat, run_dir: Path, tem
         bootstrap_port=seat.bootstrap_port,
         transfer_timeout_s=config.transfer_timeout_s,
         connector=config.connector,
-        store=vllm.Store(str(run_dir / _STORE_FILE), seat.store_client_ports) if seat.store_client_ports else None,
+        store=command.Store(str(run_dir / _STORE_FILE), seat.store_client_ports) if seat.store_client_ports else None,
         max_model_len=config.max_model_len,
         devices=seat.devices,
         extra_args=(*config.args, *role_args, *own_args),
     )
     own_folder = str(temporary / seat.name)
-    environment = vllm.environment(launch) | {"TMPDIR": own_folder, "VLLM_RPC_BASE_PATH": own_folder}
-    if config.engine == "vllm" and "kv_connector_module_path" in "".join(vllm.arguments(launch)):
+    environment = command.environment(launch) | {"TMPDIR": own_folder, "VLLM_RPC_BASE_PATH": own_folder}
+    if config.engine == "vllm" and "kv_connector_module_path" in "".join(command.arguments(launch)):
         environment["PYTHONPATH"] = str(facts.plugins)
     if config.model == TINY_MODEL:
         environment["HF_HUB_OFFLINE"] = "1"
     return NodeProcess(
         name=seat.name,
         role=seat.role,
-        command=(*_engine_command(config, facts), *vllm.arguments(launch)),
+        command=(*_engine_command(config, facts), *command.arguments(launch)),
         environment=environment | config.env,
-        unset=vllm.UNSET,
+        unset=command.UNSET,
         ports=tuple(_ports(config, seat)),
         url=_url(config.host, seat.http_port),
         bootstrap=_url(config.host, seat.bootstrap_port) if seat.bootstrap_port else None,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import httpx
 
-from engines import vllm
 from engines.base import Role
+from engines.vllm import metrics
 
 from .errors import KVNotMovedError, LauncherError
 from .plan import Plan
@@ -133,7 +133,7 @@ async def _counted(client: httpx.AsyncClient, plan: Plan, before: float, expecte
 async def _transferred(client: httpx.AsyncClient, plan: Plan) -> float:
     urls = [f"{node.url}/metrics" for node in plan.nodes if node.role is Role.DECODE]
     answers = await asyncio.gather(*(client.get(url) for url in urls))
-    return sum(vllm.transferred_tokens(answer.text) for answer in answers)
+    return sum(metrics.transferred_tokens(answer.text) for answer in answers)
 
 
 def key() -> dict[str, str]:

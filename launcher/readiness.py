@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from engines import mooncake
+from engines.connectors import mooncake
 
 from .errors import NodeDiedError, NotReadyError
 from .plan import NodeProcess, Plan

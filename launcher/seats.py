@@ -6,8 +6,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from engines.base import Role
-from engines.connectors import CONNECTORS
-from engines.mooncake import PORTS_PER_TRANSFER_ENGINE
+from engines.connectors.mooncake import PORTS_PER_TRANSFER_ENGINE
+from engines.connectors.names import CONNECTORS
 
 from .config import LaunchConfig, PortRange, flag_of
 from .errors import ConfigError, PortBusyError

@@ -26,7 +26,7 @@ from filelock import FileLock
 from packaging.requirements import Requirement
 
 import engines.plugins
-from engines.vllm import Device
+from engines.vllm.command import Device
 
 from .errors import LauncherError, PreflightError
 from .facts import APPLICATION

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from engines import vllm
+from engines.vllm import metrics
 
 from .errors import ConfigError
 from .runs import ChildState, RunFolder, RunState
@@ -67,6 +67,6 @@ async def _child(
     }
     if alive and child.url:
         with suppress(httpx.HTTPError, ValueError):
-            gauges = vllm.gauges((await client.get(f"{child.url}/metrics")).text)
+            gauges = metrics.gauges((await client.get(f"{child.url}/metrics")).text)
             found |= {"running": gauges.running, "waiting": gauges.waiting, "kv_usage": gauges.kv_usage}
     return found

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import httpx
 
-from engines import vllm
 from engines.base import Role
+from engines.vllm import metrics
 
 from . import control, doctor, logs, process, proof, readiness
 from .config import LaunchConfig
@@ -504,7 +504,7 @@ class Supervisor:
                 with suppress(httpx.HTTPError, KeyError, ValueError):
                     health = (await client.get(f"{self._plan.proxy_url}/health")).json()
                     mine = [entry for entry in health["nodes"] if entry["name"] == node.name]
-                    gauges = vllm.gauges((await client.get(f"{node.url}/metrics")).text)
+                    gauges = metrics.gauges((await client.get(f"{node.url}/metrics")).text)
                     told = bool(mine) and not mine[0]["usable"] and not mine[0]["in_flight"]
                     if told and not (gauges.running or gauges.waiting or gauges.kv_usage):
                         return

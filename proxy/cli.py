@@ -16,15 +16,15 @@ import typer
 import uvicorn
 from pydantic import ValidationError
 
-from engines import mooncake
 from engines.base import Role, foreign_owners
+from engines.connectors import mooncake
 from engines.topology import Node, Topology
 
-from . import admin, worker
-from .app import make_app
-from .config import ProxySettings
-from .server import ClientProtocol
-from .topology import TopologyError
+from .downstream.protocol import ClientProtocol
+from .nodes.topology import TopologyError
+from .serving import admin, workers
+from .serving.app import make_app
+from .settings import ProxySettings
 
 EXIT_USAGE = 2
 
@@ -161,7 +161,7 @@ def run(settings: ProxySettings) -> None:
         "host": settings.host,
         "port": settings.port,
         "http": ClientProtocol,
-        "loop": "proxy.accepting:Loop",
+        "loop": "proxy.downstream.listener:Loop",
         "access_log": False,
         "log_config": None,
         "server_header": False,
@@ -175,13 +175,13 @@ def run(settings: ProxySettings) -> None:
         signal.signal(ending, lambda *_: sys.exit(0))
     with _nodes_in_a_file(settings) as final:
         application = make_app(final)  # what is wrong with the settings is said once, here
-        worker.prepare(final)
+        workers.prepare(final)
         _warn(final)
         if final.workers == 1:
             uvicorn.run(application, **options)
         else:
-            with worker.told(final):
-                uvicorn.run("proxy.worker:make", factory=True, workers=final.workers, **options)
+            with workers.told(final):
+                uvicorn.run("proxy.serving.workers:make", factory=True, workers=final.workers, **options)
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from .. import mooncake
 from ..base import Role
+from ..connectors import mooncake
 from .server import Settings, SimNode, make_app, make_bootstrap_app
 
 _ROLES = {"kv_producer": Role.PREFILL, "kv_consumer": Role.DECODE}

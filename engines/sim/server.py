@@ -17,8 +17,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from .. import openai
 from ..base import JSONObject, Role
+from ..openai.errors import error_body
+from ..vllm import bodies
 from . import tokens
 from .answers import DONE, Choice, Envelope, sse
 from .dialects import Dialect, as_chat, events
@@ -94,7 +95,7 @@ class SimNode:
         raw = await request.body()
         self._remember(request, raw)
         if kind == "status":
-            if openai.is_released_by_refusal(self.faults.status, "InternalServerError"):
+            if bodies.is_released_by_refusal(self.faults.status, "InternalServerError"):
                 self._release(_transfer_params(raw))
             return _error(MESSAGE, "InternalServerError", self.faults.status, headers=self.faults.headers)
         if kind == "drop":
@@ -114,7 +115,7 @@ class SimNode:
             return _error(f"1 validation error:\n  {exc}", "Bad Request", 400)
         except RefusedError as exc:
             if exc.late and body.get("stream"):
-                return _events([sse(openai.error_body(str(exc), "BadRequestError", exc.status, exc.param)), DONE])
+                return _events([sse(error_body(str(exc), "BadRequestError", exc.status, exc.param)), DONE])
             self._release(body.get("kv_transfer_params") or {})
             return _error(str(exc), "BadRequestError" if exc.status == 400 else "NotFoundError", exc.status, exc.param)
         wanted = replace(wanted, rank=self._rank(request))
@@ -490,7 +491,7 @@ def _in_dialect(dialect: Dialect, answer: Response, stream: bool) -> Response:  
 def _load_failed(wanted: Wanted, exc: TransferError) -> Response:
     """VLLM's `kv_load_failure_policy: fail`: a 500, or in a stream a 200 whose first event is an error."""
     if wanted.stream:
-        return _events([sse(openai.error_body("Internal server error", "InternalServerError", 500)), DONE])
+        return _events([sse(error_body("Internal server error", "InternalServerError", 500)), DONE])
     return _error(f"Internal server error: {exc}", "InternalServerError", 500)
 
 
@@ -501,11 +502,11 @@ def _events(events: list[bytes]) -> Response:
 def _error(
     message: str, kind: str, status: int, param: str | None = None, headers: dict[str, str] | None = None
 ) -> Response:
-    return JSONResponse(openai.error_body(message, kind, status, param), status, headers)
+    return JSONResponse(error_body(message, kind, status, param), status, headers)
 
 
 def _failure() -> JSONObject:
-    return openai.error_body(MESSAGE, "InternalServerError", 500)
+    return error_body(MESSAGE, "InternalServerError", 500)
 
 
 def _request_id(request: Request, wanted: Wanted) -> str:

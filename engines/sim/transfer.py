@@ -4,8 +4,8 @@ import asyncio
 
 import httpx
 
-from .. import mooncake
 from ..base import JSONObject
+from ..connectors import mooncake
 
 _MORE_THAN_PREFILL_WAITS_S = 60
 """A decode node waits this much longer than the prefill node's own timeout (mooncake_connector.py)."""

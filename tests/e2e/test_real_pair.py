@@ -60,7 +60,7 @@ def test_the_pairs_answer_is_the_prefill_nodes_own_and_its_kv_was_moved(real_pai
 
 
 def test_a_prompt_is_moved_whole_every_time_and_never_taken_from_the_decode_nodes_own_cache(real_pair: Up) -> None:
-    """What came in late over TCP may be in there: see engines/vllm.py."""
+    """What came in late over TCP may be in there: see engines/vllm/command.py."""
     before = transferred(real_pair)
     answers = [complete(real_pair.url, stream=False, prompt="Twice the same. " + PROMPT) for _ in range(2)]
     tokens = answers[0][1].prompt_tokens

@@ -1,0 +1,107 @@
+"""The generation routes of a node: how each says "one token", and how its answer says that it stopped there.
+
+vLLM 0.32: `/v1/responses` and `/v1/messages` have no `min_tokens`, so an EOS as the first token cannot be masked on
+every one of them; their answer is checked, and a prompt whose KV was dropped takes the aggregated path.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..base import JSONObject, PrefillRefusedError
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A route whose requests can be handed off."""
+
+    path: str
+    one_token: JSONObject
+    """Fields of the prefill leg that make it one token, not streamed."""
+    ended_by: Callable[[JSONObject], Any]
+    """What ended the prefill leg, from its answer."""
+    by_length: str
+    """... when the token limit did: the one case in which vLLM holds the KV."""
+    usage: tuple[str, str]
+    """Names in `usage` of the prompt's tokens and their details."""
+    forwards_ids_as: Literal["prompt", "kv_transfer_params"] | None = None
+    """Where the decode leg takes the prefill node's own token ids; None when its answer has none."""
+    collects: bool = False
+    """A stream of this route can be put together to its whole answer here (`collect.py`)."""
+
+
+def _finish_reason(answer: JSONObject) -> Any:
+    return answer["choices"][0]["finish_reason"]
+
+
+def _incomplete_reason(answer: JSONObject) -> Any:
+    return (answer.get("incomplete_details") or {}).get("reason") or answer["status"]
+
+
+def _stop_reason(answer: JSONObject) -> Any:
+    return answer["stop_reason"]
+
+
+_OPENAI_USAGE = ("prompt_tokens", "prompt_tokens_details")
+
+COMPLETIONS = Route(
+    "/v1/completions",
+    {"max_tokens": 1, "min_tokens": 1, "n": 1, "stream": False},
+    _finish_reason,
+    "length",
+    _OPENAI_USAGE,
+    forwards_ids_as="prompt",
+    collects=True,
+)
+CHAT = Route(
+    "/v1/chat/completions",
+    {"max_tokens": 1, "max_completion_tokens": 1, "min_tokens": 1, "n": 1, "stream": False},
+    _finish_reason,
+    "length",
+    _OPENAI_USAGE,
+    forwards_ids_as="kv_transfer_params",
+    collects=True,
+)
+RESPONSES = Route(
+    "/v1/responses",
+    {"max_output_tokens": 1, "ignore_eos": True, "stream": False, "store": False},
+    _incomplete_reason,
+    "max_output_tokens",
+    ("input_tokens", "input_tokens_details"),
+)
+MESSAGES = Route(
+    "/v1/messages",
+    {"max_tokens": 1, "stream": False},
+    _stop_reason,
+    "max_tokens",
+    ("input_tokens", ""),
+)
+
+HANDED_OFF = {route.path: route for route in (COMPLETIONS, CHAT, RESPONSES, MESSAGES)}
+
+PASSED_ON = (
+    "/v1/chat/completions/batch",
+    "/v1/messages/count_tokens",
+    "/tokenize",
+    "/detokenize",
+    "/v1/embeddings",
+    "/v1/rerank",
+    "/rerank",
+    "/v2/rerank",
+    "/v1/score",
+    "/score",
+    "/classify",
+    "/pooling",
+)
+"""Answered by one node as a whole. Every route that is in neither list is a 404: an engine has others (`/sleep`,
+`/scale_elastic_ep`, `/collective_rpc`) that no client may reach."""
+
+
+def checked_end(route: Route, answer: JSONObject) -> None:
+    """Raises PrefillRefusedError unless the prefill leg ended by length."""
+    try:
+        end = route.ended_by(answer)
+    except (KeyError, IndexError, TypeError, AttributeError) as exc:
+        raise PrefillRefusedError("the prefill node's answer is not one of this route") from exc
+    if end != route.by_length:
+        raise PrefillRefusedError(f"the prefill leg ended by {end!r}, not by length, so its KV is gone")

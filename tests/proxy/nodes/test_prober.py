@@ -1,0 +1,123 @@
+"""What a probe makes of a node."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from engines.base import Role
+from engines.topology import Node, Topology
+from proxy.nodes import prober as health
+from proxy.nodes.fleet import Pool
+from proxy.nodes.prober import Prober
+from proxy.nodes.transfer import TransferWatch
+from proxy.settings import ProxySettings
+
+Answers = dict[str, Callable[[], bytes]]
+CARD = {"id": "m", "max_model_len": 100}
+
+
+def late() -> bytes:
+    raise health._LateError("no answer to /health in 2 s")
+
+
+def gone() -> bytes:
+    raise health._ProbeError("cannot be reached for /health")
+
+
+def models(**changes: Any) -> Callable[[], bytes]:
+    return lambda: json.dumps({"data": [CARD | changes]}).encode()
+
+
+class Probed:
+    """A prefill node and two decode nodes, whose answers are given by address and path."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        nodes = (
+            Node(name="p", role=Role.PREFILL, url="http://p:1", bootstrap="http://p:2"),
+            Node(name="d", role=Role.DECODE, url="http://d:1"),
+            Node(name="e", role=Role.DECODE, url="http://e:1"),
+        )
+        self.pool = Pool(Topology(nodes=nodes))
+        self.answers: Answers = {}
+        settings = ProxySettings(decode_silence_timeout_s=0.001, prefill_timeout_s=1000)
+        self.prober = Prober(settings, self.pool, TransferWatch(self.pool), [], lambda: None)
+        query = {"0": {"engine_id": "e1", "worker_addr": {"0": {"0": "tcp://x"}}}}
+        usual: Answers = {
+            "/health": lambda: b"",
+            "/v1/models": models(),
+            "/metrics": lambda: b"",
+            "/query": lambda: json.dumps(query).encode(),
+        }
+
+        async def get(base: str, path: str, headers: Any = None) -> bytes:
+            del headers
+            return self.answers.get(base + path, usual[path])()
+
+        monkeypatch.setattr(self.prober, "_get", get)
+
+    def round(self) -> dict[str, str | None]:
+        asyncio.run(self.prober.round())
+        return {node.spec.name: node.why_not for node in self.pool}
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> Probed:
+    return Probed(monkeypatch)
+
+
+def test_nodes_that_answer_as_they_should_are_usable(probed: Probed) -> None:
+    assert set(probed.round().values()) == {None}
+    assert probed.pool.of(Role.PREFILL)[0].ranks[0].engine_id == "e1"
+
+
+def test_one_late_answer_is_forgiven_and_three_in_a_row_are_not(probed: Probed) -> None:
+    probed.round()
+    probed.answers["http://d:1/health"] = late
+    assert [probed.round()["d"] for _ in range(3)] == [None, None, "no answer to /health in 2 s"]
+    del probed.answers["http://d:1/health"]
+    assert probed.round()["d"] is None
+    probed.answers["http://d:1/health"] = late
+    assert probed.round()["d"] is None
+
+
+def test_a_node_that_has_not_been_well_yet_is_not_forgiven(probed: Probed) -> None:
+    probed.answers["http://d:1/health"] = late
+    assert probed.round()["d"] == "no answer to /health in 2 s"
+
+
+def test_a_node_that_is_gone_is_out_at_once(probed: Probed) -> None:
+    probed.round()
+    probed.answers["http://d:1/health"] = gone
+    assert probed.round()["d"] == "cannot be reached for /health"
+
+
+def test_a_node_that_is_unlike_the_others_is_refused_with_the_difference(probed: Probed) -> None:
+    probed.answers["http://e:1/v1/models"] = models(max_model_len=50)
+    assert probed.round()["e"] == "serves m up to 50 tokens, while p goes to 100"
+    probed.answers["http://e:1/v1/models"] = models(id="other")
+    assert probed.round()["e"] == "serves other, while p serves m"
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b"{}", b'{"data": 7}', b"<html>"])
+def test_a_server_that_is_no_vllm_is_said_to_be_none(probed: Probed, raw: bytes) -> None:
+    probed.answers["http://d:1/v1/models"] = lambda: raw
+    assert probed.round()["d"] == "answers, but not as a vLLM server does"
+
+
+def test_a_prefill_node_without_workers_or_identity_is_not_used(probed: Probed) -> None:
+    probed.answers["http://p:2/query"] = lambda: b"{}"
+    assert probed.round()["p"] == "its bootstrap server knows no worker yet"
+
+
+def test_a_decode_node_that_has_requests_and_makes_no_token_is_hung_and_a_prefill_node_is_busy(probed: Probed) -> None:
+    for base in ("http://p:1", "http://d:1"):
+        probed.answers[f"{base}/metrics"] = lambda: b'vllm:num_requests_running{model_name="m"} 1\n'
+    probed.round()
+    time.sleep(0.01)
+    found = probed.round()
+    assert "made no token" in str(found["d"])
+    assert found["p"] is None

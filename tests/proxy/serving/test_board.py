@@ -1,0 +1,115 @@
+"""What worker processes tell each other."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from proxy.serving.app import Parts, make_app
+from proxy.serving.board import Board, make_file
+from proxy.settings import ProxySettings
+
+Join = Callable[[int], Board]
+
+
+@pytest.fixture
+def join(file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Join]:
+    """Joins the board at a row. Locks are a process's own, so one process that joins twice must be told where."""
+    joined: list[Board] = []
+
+    def at(row: int) -> Board:
+        monkeypatch.setattr(Board, "_free_row", lambda _: row)
+        joined.append(Board(file))
+        return joined[-1]
+
+    yield at
+    for board in joined:
+        board.close()
+
+
+@pytest.fixture
+def file() -> Iterator[Path]:
+    made = make_file(3)
+    yield made
+    made.unlink()
+
+
+def test_each_worker_reads_what_the_others_wrote(join: Join) -> None:
+    first, second = join(0), join(1)
+    first.write({"load": 1})
+    second.write({"load": 2})
+    first.look()
+    second.look()
+    assert first.others() == [{"load": 2}]
+    assert second.others() == [{"load": 1}]
+    first.write({"load": 5})
+    second.look()
+    assert second.others() == [{"load": 5}]
+
+
+@pytest.mark.parametrize("written_before", [1, 2, 3])
+def test_a_worker_killed_while_it_writes_leaves_what_it_wrote_before(join: Join, written_before: int) -> None:
+    writer, reader = join(0), join(1)
+    for load in range(written_before):
+        writer.write({"load": load})
+    memory = writer._memory
+    assert memory is not None
+    before = memory[:]
+    writer.write({"load": 99})
+    changed = [at for at, (old, new) in enumerate(zip(before, memory[:], strict=True)) if old != new]
+    for at in changed[len(changed) // 2 :]:
+        memory[at] = before[at]  # the second half of what it wrote never came
+    reader.look()
+    assert reader.others() == [{"load": written_before - 1}]
+    heir = join(0)
+    assert heir.inherited == {"load": written_before - 1}
+    heir.write({"load": 7})
+    reader.look()
+    assert reader.others() == [{"load": 7}]
+
+
+def test_a_dead_workers_row_counts_no_longer_as_load_and_still_as_history(
+    join: Join, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead, living = join(0), join(1)
+    dead.write({"load": 1})
+    living.look()
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 60)
+    assert living.others() == []
+    assert living.others(alive=False) == [{"load": 1}]
+
+
+def test_whoever_takes_a_dead_workers_row_inherits_its_history(join: Join) -> None:
+    join(0).write({"counted": 7})
+    heir = join(0)
+    assert heir.inherited == {"counted": 7}
+    assert heir.others(alive=False) == []
+
+
+def test_what_does_not_fit_is_said(join: Join) -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        join(0).write({"x": "y" * 300_000})
+
+
+def test_a_proxy_of_one_process_has_no_board() -> None:
+    assert not Board().is_shared
+    assert Board().others() == []
+
+
+def test_what_a_scrape_was_told_all_workers_know_at_once(join: Join, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a counter falls when the worker dies that answered the last scrape."""
+    made: list[Parts] = []
+
+    def kept(*given: Any) -> Parts:
+        made.append(Parts(*given))
+        return made[-1]
+
+    monkeypatch.setattr("proxy.serving.app.Parts", kept)
+    told, other = (TestClient(make_app(ProxySettings(), join(row))) for row in range(2))
+    made[0].plane.metrics.resumed.count("resumed")
+    for worker in (told, other):
+        assert 'pd_resumed_total{outcome="resumed"} 1.0' in worker.get("/metrics").text
