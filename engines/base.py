@@ -5,7 +5,11 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from .openai.request import Asked
+    from .openai.routes import Route
 
 JSONObject: TypeAlias = dict[str, Any]
 """A parsed JSON object. Its values are the client's: passed on unchanged, never re-modelled."""
@@ -26,6 +30,51 @@ class Rank:
     engine_id: str
     of: int = 1
     """How many ranks the node has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """What a node says of itself: load now, and tokens since its start."""
+
+    running: float = 0
+    waiting: float = 0
+    kv_usage: float = 0
+    """Share of the KV cache's blocks in use or held for a hand-off, 0 to 1."""
+    transferred: float = 0
+    """Prompt tokens whose KV came from a prefill node."""
+    computed: float = 0
+    """Prompt tokens the node computed itself."""
+    cached: float = 0
+    """Prompt tokens it found in its own prefix cache."""
+    generated: float = 0
+
+    @property
+    def prompt_tokens(self) -> float:
+        """All that it has counted, wherever their KV came from."""
+        return self.transferred + self.computed + self.cached
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What a probe of a node found."""
+
+    models: tuple[JSONObject, ...]
+    """Its model cards, as its list of models gives them."""
+    gauges: Gauges
+    version: str
+    """The engine's own; empty when it does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """What the prefill leg's answer says about the prompt."""
+
+    answer: JSONObject
+    prompt_tokens: int
+    cached_tokens: int | None = None
+    """Tokens the prefill node took from its own prefix cache; None when it does not say."""
+    token_ids: bytes | None = None
+    """The prompt's token ids as the node wrote them, a JSON array; never parsed, only passed on."""
 
 
 class PrefillRefusedError(ValueError):
@@ -56,6 +105,45 @@ class Connector(Protocol):
     """A decode node may find only part of a prompt's KV, or none, without anything being wrong."""
 
     def hand_off(self, bootstrap: str | None, rank: Rank | None) -> HandOff: ...
+
+
+class Engine(Protocol):
+    """A serving engine, seen from the proxy: the bodies of its legs, and what its answers mean.
+
+    What depends on the engine's version is asked with the version that the node gave (`NodeFacts.version`).
+    """
+
+    name: str
+    health_path: str
+    models_path: str
+    metrics_path: str
+    version_path: str
+
+    def facts(self, models: bytes, metrics_text: bytes, version: bytes) -> NodeFacts:
+        """What a probe found, from the answers of these paths. Raises ValueError when they are no such answers."""
+
+    def prefill_leg(self, route: "Route", asked: "Asked", transfer_params: JSONObject | None) -> JSONObject:
+        """The request that makes a prefill node compute a prompt's KV and hold it."""
+
+    def prefilled(self, route: "Route", raw: bytes) -> Prefilled:
+        """What the prefill node's 200 answer promises. Raises PrefillRefusedError when it holds no KV."""
+
+    def decode_leg(
+        self, route: "Route", asked: "Asked", transfer_params: JSONObject | None, prefilled: Prefilled, *, stream: bool
+    ) -> JSONObject:
+        """The client's request with the KV to start from; as a stream even if the client wants none."""
+
+    def tell_tokens(self, leg: JSONObject) -> None:
+        """Have a decode leg's stream tell its tokens, for a continuation."""
+
+    def release_leg(self, model: object, transfer_params: JSONObject) -> JSONObject:
+        """A request that a decode node refuses, and by that frees the KV on the prefill node."""
+
+    def is_freed_by_refusal(self, status: int, error_kind: str) -> bool:
+        """Whether an error answer of a decode leg means that its hand-off has been freed."""
+
+    def survives_refusals(self, version: str) -> bool:
+        """Whether a decode node of this version lives on after it refused a request that carries a hand-off."""
 
 
 _PROCESS = secrets.token_hex(10)

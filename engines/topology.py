@@ -2,7 +2,7 @@
 
 Written whole by whatever starts nodes (pd-launch on this host, or any other scheduler), read by the proxy. As JSON:
 
-    {"connector": "MooncakeConnector",
+    {"connector": "MooncakeConnector", "engine": "vllm", "models": ["m"],
      "nodes": [{"name": "prefill-0", "role": "prefill", "url": "http://10.0.0.1:8100",
                 "bootstrap": "http://10.0.0.1:8998"},
                {"name": "decode-0", "role": "decode", "url": "http://10.0.0.2:8200"}]}
@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from .base import Role
 from .connectors.names import CONNECTORS, ConnectorName
+from .known import EngineName
 
 
 def _base_url(url: str) -> str:
@@ -54,15 +55,20 @@ class Topology(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     connector: ConnectorName = "MooncakeConnector"
+    engine: EngineName = "vllm"
+    models: tuple[str, ...] = ()
+    """What every node serves, when whoever wrote this knows it; else most of the nodes say."""
+    max_model_len: int | None = Field(None, ge=1)
+    """... and up to how many tokens."""
     nodes: tuple[Node, ...] = ()
 
     @model_validator(mode="after")
     def _each_node_once(self) -> Self:
-        for what in ("name", "url"):
-            values = [getattr(node, what) for node in self.nodes]
+        for what in ("name", "url", "bootstrap"):
+            values = [value for node in self.nodes if (value := getattr(node, what)) is not None]
             twice = sorted({value for value in values if values.count(value) > 1})
             if twice:
-                raise ValueError(f"more than one node has the {what} {', '.join(twice)}")
+                raise ValueError(f"more than one node has the {what} {', '.join(twice)}; each needs its own")
         return self
 
     @model_validator(mode="after")

@@ -102,7 +102,9 @@ class Plan(Frozen):
             )
             for node in self.nodes
         )
-        return topology.Topology(connector=self.connector, nodes=tuple(nodes))
+        return topology.Topology(
+            connector=self.connector, engine=self.engine, models=(self.served_model_name,), nodes=tuple(nodes)
+        )
 
     def without(self, name: str) -> "Plan":
         """The plan with one node less."""

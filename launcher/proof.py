@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import httpx
 
-from engines.base import Role
+from engines.base import Gauges, Role
+from engines.transfer import Transfer
 from engines.vllm import metrics
 
 from .errors import KVNotMovedError, LauncherError
 from .plan import Plan
 
-QUESTION = "In one sentence, what happens when a prefill node hands the KV cache of prompt number {} to a decode node?"
+QUESTION = "Number {}. In one sentence: what happens when a prefill node hands the KV cache to a decode node?"
 _ANSWER_TOKENS = 32
 _STORED_LENGTH = 24
 """Times the question for a store, which takes whole blocks only (128 tokens on a CPU)."""
@@ -48,32 +49,33 @@ async def prove(plan: Plan, show: Callable[[str], None]) -> Proof:
         return await _prove_store(plan, show)
     rounds = max(len([node for node in plan.nodes if node.role is role]) for role in Role)
     async with httpx.AsyncClient(trust_env=False, timeout=300) as client:
-        before = await _transferred(client, plan)
+        before = await _counters(client, plan)
         prompt_tokens = 0
         for number in range(rounds):
             prompt_tokens += await _ask_a_pair(
                 client, plan, QUESTION.format(number + 1), show if number == 0 else _ignore
             )
-        moved = await _counted(client, plan, before, prompt_tokens)
-    if moved < prompt_tokens and plan.connector != "MooncakeStoreConnector":
+        found = await _counted(client, plan, before, prompt_tokens)
+    found.hand_offs, found.prompt_tokens = rounds, prompt_tokens
+    if not found.is_whole and plan.connector != "MooncakeStoreConnector":
         raise KVNotMovedError(
-            f"the pair answers, but only {moved} of {prompt_tokens} prompt tokens came over the KV connector; the rest "
-            "was computed again by the decode node",
+            f"the pair answers, but only {found.transferred:.0f} of {prompt_tokens} prompt tokens came over the KV "
+            f"connector; the decode nodes computed {found.computed:.0f} again",
             f"Look for transfer errors in the logs in {plan.run_dir}",
         )
-    return Proof(prompt_tokens, moved)
+    return Proof(prompt_tokens, int(found.transferred))
 
 
 async def _prove_store(plan: Plan, show: Callable[[str], None]) -> Proof:
     """Through a store delivery is best effort: some tokens of one of a few long prompts must come."""
     async with httpx.AsyncClient(trust_env=False, timeout=300) as client:
         for number in range(_STORE_TRIES):
-            before = await _transferred(client, plan)
+            before = await _counters(client, plan)
             question = f"{number} " + QUESTION.format(number + 1) * _STORED_LENGTH
             tokens = await _ask(client, plan, question, show if number == 0 else _ignore)
-            moved = await _counted(client, plan, before, 1)
-            if moved:
-                return Proof(tokens, moved)
+            found = await _counted(client, plan, before, tokens)
+            if found.is_moving:
+                return Proof(tokens, int(found.transferred))
     raise KVNotMovedError(
         f"the pair answers, but no prompt token of {_STORE_TRIES} long prompts came out of the store",
         f"Look for store errors in the logs in {plan.run_dir}",
@@ -119,21 +121,27 @@ async def _ask(client: httpx.AsyncClient, plan: Plan, question: str, show: Calla
     raise LauncherError("the first answer ended without its usage", f"Logs: {plan.run_dir}")
 
 
-async def _counted(client: httpx.AsyncClient, plan: Plan, before: float, expected: int) -> int:
-    """Tokens counted since `before`. A node publishes its counters a moment after its answer."""
+async def _counted(client: httpx.AsyncClient, plan: Plan, before: Gauges, expected: int) -> Transfer:
+    """What the decode nodes counted since `before`. A node publishes its counters a moment after its answer."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _COUNTED_WITHIN_S
     while True:
-        moved = int(await _transferred(client, plan) - before)
-        if moved >= expected or loop.time() > deadline:
-            return moved
+        now = await _counters(client, plan)
+        if now.prompt_tokens - before.prompt_tokens >= expected or loop.time() > deadline:
+            return Transfer(computed=now.computed - before.computed, transferred=now.transferred - before.transferred)
         await asyncio.sleep(0.2)
 
 
-async def _transferred(client: httpx.AsyncClient, plan: Plan) -> float:
+async def _counters(client: httpx.AsyncClient, plan: Plan) -> Gauges:
+    """The prompt tokens of all decode nodes, by where their KV came from."""
     urls = [f"{node.url}/metrics" for node in plan.nodes if node.role is Role.DECODE]
     answers = await asyncio.gather(*(client.get(url) for url in urls))
-    return sum(metrics.transferred_tokens(answer.text) for answer in answers)
+    found = [metrics.gauges(answer.text) for answer in answers]
+    return Gauges(
+        transferred=sum(each.transferred for each in found),
+        computed=sum(each.computed for each in found),
+        cached=sum(each.cached for each in found),
+    )
 
 
 def key() -> dict[str, str]:

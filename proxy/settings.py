@@ -1,4 +1,4 @@
-"""The proxy's settings: read once, at start."""
+"""The proxy's settings: read once, at start, from flags, a file and the environment. The flags are made from this."""
 
 from pathlib import Path
 from typing import Literal, Self
@@ -7,82 +7,111 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engines.topology import Topology
 
+MIB = 2**20
+
 
 class ProxySettings(BaseModel):
-    """Every deadline is below the engine's own transfer timeout, which `pd-launch` sets to 60 s (vLLM: 480 s)."""
+    """Every deadline is below the engine's own transfer timeout, which `pd-launch` sets to 60 s (vLLM: 480 s).
+
+    A field's description is its flag's help, and its line in the README.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    workers: int = Field(1, ge=1, le=64)
-    """Processes that share the port and the load."""
-    topology_file: Path | None = None
+    # -- nodes
+    topology_file: Path | None = Field(None, description="Take the nodes from this file, and follow its changes.")
     topology: Topology = Topology()
+    """Nodes given by flags."""
 
-    tls_certificate: Path | None = None
-    tls_key: Path | None = None
-    admin_host: str = "127.0.0.1"
-    admin_port: int | None = Field(None, ge=1, le=65535)
-    """Where nodes can be added and drained at run time; nowhere unless given."""
-    admin_key: str | None = None
-    log_requests: Literal["failed", "all"] = "failed"
-    log_format: Literal["text", "json"] = "text"
+    # -- listening
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
+    workers: int = Field(1, ge=1, le=64, description="Processes that share the port and the load.")
+    tls_certificate: Path | None = Field(None, description="Serve HTTPS (PEM); followed while it changes.")
+    tls_key: Path | None = Field(None, description="The certificate's key (PEM).")
+    keep_alive_s: float = Field(75, gt=0, description="How long a client's idle connection stays open.")
+    head_timeout_s: float = Field(10, gt=0, description="For a request's head to come, from its first byte.")
+    body_timeout_s: float = Field(30, gt=0, description="Between two pieces of a request's body.")
+    client_stall_timeout_s: float = Field(
+        120, gt=0, description="A client that takes no byte of its answer for so long loses it."
+    )
+    max_connections: int = Field(16384, ge=1, description="Clients' connections at once, in each worker.")
+    shutdown_delay_s: float = Field(
+        0, ge=0, description="After SIGTERM, serve so long with /health at 503, for a load balancer to notice."
+    )
+    shutdown_grace_s: float = Field(30, ge=0, description="How long running answers may go on after SIGTERM.")
 
+    # -- who may ask
+    api_keys_file: Path | None = Field(
+        None, description="Clients' keys, one a line as `[NAME] KEY`, '#' begins a comment; followed while it changes."
+    )
     api_keys: tuple[str, ...] = ()
-    """A client must send one of these as its bearer token; none: no check."""
+    """From the environment (PD_PROXY_API_KEYS)."""
     node_api_key: str | None = None
-    """What the nodes were started with (vLLM's `--api-key`)."""
-    min_prefill_tokens: int = Field(0, ge=0)
-    """Prompts estimated shorter than this are answered by a decode node alone."""
-    allow_private_media: bool = False
-    """Fetch media for a message from loopback and private addresses too."""
-    media_timeout_s: float = Field(10, gt=0)
-    max_media_bytes: int = Field(32 * 2**20, gt=0)
+    """From the environment (PD_NODE_API_KEY): what the nodes were started with (vLLM's `--api-key`)."""
+    admin_host: str = Field("127.0.0.1", description="Address of the admin listener.")
+    admin_port: int | None = Field(
+        None, ge=1, le=65535, description="Add, drain and remove nodes at run time here (PD_PROXY_ADMIN_KEY)."
+    )
+    admin_key: str | None = None
+    """From the environment (PD_PROXY_ADMIN_KEY)."""
 
-    connect_timeout_s: float = Field(2, gt=0)
-    prefill_timeout_s: float = Field(600, gt=0)
-    """Whole prefill leg. Long: a long prompt on a busy node is slow and well."""
-    decode_start_timeout_s: float = Field(50, gt=0)
-    """From the end of prefill to decode's first event. Below the engine's transfer timeout."""
-    decode_silence_timeout_s: float = Field(120, gt=0)
-    """Between two reads of a running answer."""
-    whole_answer_timeout_s: float = Field(600, gt=0)
-    """A decode leg that cannot be streamed (tool calls, responses): all of it."""
-    request_timeout_s: float = Field(3600, gt=0)
-    """A whole request, queue and retries included. A client may ask for less (`x-request-timeout`, in seconds)."""
-    client_stall_timeout_s: float = Field(120, gt=0)
-    """A client that takes no byte for so long loses its answer: it holds KV that others wait for."""
-    resume: bool = True
-    """A stream that loses its decode node in the middle goes on from another."""
-    without_prefill: Literal["aggregated", "refuse"] = "aggregated"
-    """When no prefill node is usable: let decode nodes compute prompts, slower, or refuse with 503."""
-    max_in_flight: int = Field(4096, ge=1)
-    """Requests inside at once, in each worker process."""
-    max_queue: int = Field(1024, ge=0)
-    """Requests waiting for a place, in each worker process; more are told to come back later (429)."""
-    queue_timeout_s: float = Field(30, gt=0)
-    max_node_in_flight: int = Field(2048, ge=1)
-    """Requests on one decode node, all workers together."""
-    max_node_waiting: int = Field(64, ge=0)
-    """A decode node with more requests than this in its own queue gets no more for now."""
-    max_node_kv_usage: float = Field(0.98, gt=0, le=1)
-    """... nor does one whose KV cache is this full."""
-    probe_interval_s: float = Field(2, gt=0)
-    probe_timeout_s: float = Field(2, gt=0)
-    head_timeout_s: float = Field(10, gt=0)
-    """For a request's head to come, from its first byte or from the connection's beginning."""
-    body_timeout_s: float = Field(30, gt=0)
-    """Between two pieces of a request's body."""
-    max_body_bytes: int = Field(64 * 2**20, gt=0)
-    shutdown_delay_s: float = Field(0, ge=0)
-    """From SIGTERM, which /health tells at once (503), to the end of accepting: for a load balancer to notice."""
-    shutdown_grace_s: float = Field(30, ge=0)
+    # -- which way a request takes
+    min_prefill_tokens: int = Field(
+        0, ge=0, description="Answer prompts shorter than about this by a decode node alone."
+    )
+    without_prefill: Literal["aggregated", "refuse"] = Field(
+        "aggregated",
+        description="When no prefill node is usable: let decode nodes compute prompts too, or refuse (503).",
+    )
+    resume: bool = Field(
+        default=True, description="Go on with a stream that loses its decode node in the middle, from another."
+    )
+
+    # -- deadlines
+    request_timeout_s: float = Field(
+        3600, gt=0, description="For a whole request; clients may ask for less (x-request-timeout)."
+    )
+    prefill_timeout_s: float = Field(600, gt=0, description="For a whole prefill leg.")
+    decode_start_timeout_s: float = Field(
+        50, gt=0, description="From the hand-off to decode's first event; below the engines' transfer timeout."
+    )
+    decode_silence_timeout_s: float = Field(120, gt=0, description="Between two chunks of a running answer.")
+    whole_answer_timeout_s: float = Field(
+        600, gt=0, description="For an answer that no node streams: tool calls, responses, what one node does alone."
+    )
+    connect_timeout_s: float = Field(2, gt=0, description="For a connection to a node.")
+    probe_interval_s: float = Field(2, gt=0, description="Between two probes of a node.")
+    probe_timeout_s: float = Field(2, gt=0, description="For each answer to a probe.")
+
+    # -- limits
+    max_in_flight: int = Field(4096, ge=1, description="Requests inside at once, in each worker.")
+    max_queue: int = Field(1024, ge=0, description="Requests that may wait for a place; more get a 429.")
+    queue_timeout_s: float = Field(30, gt=0, description="How long one may wait.")
+    max_node_in_flight: int = Field(2048, ge=1, description="Requests on one decode node, all workers together.")
+    max_node_waiting: int = Field(
+        64, ge=0, description="A decode node with more requests than this in its own queue gets no more for now."
+    )
+    max_node_kv_usage: float = Field(0.98, gt=0, le=1, description="... nor does one whose KV cache is this full.")
+    max_body_bytes: int = Field(64 * MIB, gt=0, description="Of one request's body.")
+    max_request_memory_bytes: int = Field(
+        512 * MIB, gt=0, description="Of all bodies and fetched media at once, in each worker; more get a 429."
+    )
+    max_media_bytes: int = Field(32 * MIB, gt=0, description="Of all media fetched for one request.")
+    max_media_count: int = Field(32, ge=1, description="Media fetched for one request.")
+    media_timeout_s: float = Field(10, gt=0, description="For all media of one request.")
+    allow_private_media: bool = Field(default=False, description="Fetch media for messages from private addresses too.")
+
+    # -- telling
+    log_requests: bool = Field(
+        default=False, description="One log line for every request, not only for those that failed."
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Of log lines.")
 
     @model_validator(mode="after")
     def _nodes_come_from_one_place(self) -> Self:
         if self.topology_file is not None and self.topology.nodes:
-            raise ValueError("nodes come from the topology file or from flags, not from both")
+            raise ValueError("nodes come from --topology or from --prefill and --decode, not from both")
         return self
 
     @model_validator(mode="after")
@@ -94,3 +123,8 @@ class ProxySettings(BaseModel):
         if self.admin_key and self.admin_key in self.api_keys:
             raise ValueError("the admin key is one of the clients' keys; it must be another")
         return self
+
+    @property
+    def needs_key(self) -> bool:
+        """Clients must send a key."""
+        return bool(self.api_keys) or self.api_keys_file is not None

@@ -7,6 +7,9 @@ import pytest
 
 from tests.processes import Proxy, Sim, proxy_in_front_of, sim_node
 
+EXPIRY_S = 6
+"""Of KV that a lost decode leg may or may not have taken: nobody may give that back, so it expires by itself."""
+
 # No test asserts a time, Hypothesis's included: on a busy machine its first draw alone may take seconds.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("patient")
@@ -31,7 +34,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def _pair() -> Iterator[tuple[Sim, Sim, Proxy]]:
-    with sim_node("prefill") as prefill, sim_node("decode") as decode, proxy_in_front_of(prefill, decode) as proxy:
+    with (
+        sim_node("prefill", timeout_s=EXPIRY_S) as prefill,
+        sim_node("decode", timeout_s=EXPIRY_S) as decode,
+        proxy_in_front_of(prefill, decode) as proxy,
+    ):
         yield prefill, decode, proxy
 
 

@@ -131,7 +131,7 @@ def sim_node(  # noqa: PLR0913  a node's settings
     role: str,
     *,
     policy: str = "recompute",
-    timeout_s: float = 60,
+    timeout_s: float = 10,
     port: int | None = None,
     bootstrap_port: int | None = None,
     connector: str = "MooncakeConnector",

@@ -5,12 +5,12 @@ rejection clean-up pulls once more for a hand-off that is gone, and the prefill 
 the transfer timeout; twenty such clients stop all its transfers (CONTRACT §0.7).
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import orjson
 
 from ..base import JSONObject
+from .sse import Splitter, events
 
 _DONE = b"[DONE]"
 
@@ -25,27 +25,12 @@ class StreamError(Exception):
         self.status = code if isinstance(code, int) and 400 <= code <= 599 else 502
 
 
-class Events:
-    """Cuts a stream's bytes into the data of its server-sent events, however they are split."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """The data of every event that is complete now. Comments (keep-alives) are skipped."""
-        lines = (self._rest + data).split(b"\n")
-        self._rest = lines.pop()
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield line[5:].strip()
-
-
 class Collector:
     """Feed it a stream's bytes; `answer` is what the node would have said in one piece."""
 
     def __init__(self, *, chat: bool) -> None:
         self._chat = chat
-        self._events = Events()
+        self._splitter = Splitter()
         self._head: JSONObject = {}
         self._choices: dict[int, JSONObject] = {}
         self._usage: JSONObject | None = None
@@ -53,12 +38,12 @@ class Collector:
 
     def feed(self, data: bytes) -> None:
         """Raises StreamError when an event is an error, ValueError when it is no event of this route."""
-        for event in self._events.feed(data):
-            if event == _DONE:
+        for event in events(self._splitter.feed(data)):
+            if event.data == _DONE:
                 self._done = True
                 continue
             try:
-                self._add(orjson.loads(event))
+                self._add(orjson.loads(event.data))
             except (KeyError, TypeError, AttributeError) as exc:
                 raise ValueError("this is no event of a stream of this route") from exc
 

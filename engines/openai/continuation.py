@@ -15,16 +15,14 @@ import orjson
 
 from ..base import JSONObject
 from .routes import CHAT, COMPLETIONS, Route
+from .sse import END_OF_EVENT, OPENAI_EVENTS, Splitter, events
 
 _IDS = re.compile(rb'"token_ids":\[([0-9,]*)\]')
 _PROMPT_IDS = re.compile(rb'"prompt_token_ids":\[[0-9,]*\]')
 _FINISHED = b'"finish_reason":"'
 _REASONING = b'"reasoning":"'
-_END_OF_EVENT = b"\n\n"
 _END_OF_CHUNK = b"\n\n\r\n"
 _DONE = b"data: [DONE]"
-ERROR_EVENT = b'data: {"error"'
-"""How it begins. In the text of another event its quotes would be escaped."""
 _EVENT = b'data: {"id":'
 _NO_TEXT = b':"'
 """How an event without text ends before its text's closing quote; a quote within a text has a backslash before it."""
@@ -99,7 +97,8 @@ class SentTokens:
 
     def __init__(self, *, hide: bool) -> None:
         self._hide = hide
-        self._rest = b""
+        self._splitter = Splitter()
+        self._holds_rest = False
         self._ids = bytearray()
         """Of every event with tokens what stands between its brackets, and the closing one: a stream may be long."""
         self._form: _Form | None = None
@@ -125,7 +124,7 @@ class SentTokens:
         steps count, and memory that is not touched.
         """
         form = self._form
-        if form is None or self._rest:
+        if form is None or self._holds_rest:
             return None
         mark, tail, before_tail, blanks = form
         head, _, end = data.rpartition(mark)
@@ -167,16 +166,14 @@ class SentTokens:
         """All events that are complete now. What comes of an event before its end is kept until it is whole."""
         if self.has_failed:
             return b""
-        data = self._rest + data
-        end = data.rfind(_END_OF_EVENT) + len(_END_OF_EVENT)
-        if end < len(_END_OF_EVENT):
-            self._rest = data
+        whole = self._splitter.feed(data)
+        self._holds_rest = not self._splitter.is_between_events
+        if not whole:
             return b""
-        whole, self._rest = data[:end], data[end:]
-        if ERROR_EVENT in whole:
-            whole, self.has_failed = whole.partition(ERROR_EVENT)[0], True
+        if OPENAI_EVENTS.error_in(whole) is not None:
+            whole, self.has_failed = OPENAI_EVENTS.before_error(whole), True
         if not self.first_event:
-            self.first_event = whole.split(_END_OF_EVENT, 1)[0]
+            self.first_event = next((event.data for event in events(whole)), b"")
         self._note(whole)
         shown = _IDS.sub(self._cut if self._hide else self._kept, whole)
         self._fed = len(self._ids)
@@ -212,7 +209,7 @@ class SentTokens:
             self.is_finished = True
         if _REASONING in data:
             self._has_reasoning = True
-        if _DONE in data:
+        if OPENAI_EVENTS.has_end(data):
             self.is_done = True
 
     def _cut(self, found: "re.Match[bytes]") -> bytes:
@@ -233,7 +230,7 @@ class SentTokens:
             return None if self._has_several() else 0
         count = 0
         for read in reversed(self._reads):
-            for event in reversed(list(_events(read))):
+            for event in reversed(list(_parsed(read))):
                 if not event.get("choices"):
                     continue
                 choice = event["choices"][0]
@@ -285,10 +282,10 @@ _CHUNK_HEADS = tuple(map(_chunk_head, range(_LONGEST_CHUNK)))
 
 
 def continuation_body(
-    body: JSONObject, prompt: list[int], sent: list[int], max_model_len: int | None
+    route: Route, body: JSONObject, prompt: list[int], sent: list[int], max_model_len: int | None
 ) -> JSONObject | None:
     """The completions request that makes the rest; None when there is no rest. Raises ValueError when none is known."""
-    chat = "messages" in body
+    chat = route is CHAT
     asked = body.get("max_completion_tokens") or body.get("max_tokens")
     if asked is None and chat and max_model_len is None:
         raise ValueError("nobody knows how long the answer may become")
@@ -308,21 +305,23 @@ def continuation_body(
 class Joint:
     """Makes the events of a continuation look like those of the stream they continue."""
 
-    def __init__(self, body: JSONObject, first_event: bytes, usage: JSONObject, sent: int) -> None:
-        """`usage`: prompt tokens and their details, as the first stream's would have been; `sent`: tokens so far."""
-        head = orjson.loads(first_event.removeprefix(b"data: "))
+    def __init__(self, route: Route, body: JSONObject, first_event: bytes, usage: JSONObject, sent: int) -> None:
+        """`first_event`: its data; `usage`: prompt tokens and their details, as the first stream's would have been;
+        `sent`: tokens so far. Raises ValueError when the first event is none of this route.
+        """
+        head = orjson.loads(first_event)
         self._head = {key: head[key] for key in ("id", "object", "created", "model") if key in head}
-        self._chat = "messages" in body
+        self._chat = route is CHAT
         self._asked_for_ids = bool(body.get("return_token_ids"))
         self._wants_usage = bool((body.get("stream_options") or {}).get("include_usage"))
         self._usage = usage
         self._sent = sent
 
-    def joined(self, events: bytes) -> bytes:
-        """The same events, in the first stream's name; its end mark as it is."""
-        made = [self._event(event) for event in _events(events)]
-        if _DONE in events:
-            made.append(_DONE + _END_OF_EVENT)
+    def joined(self, whole: bytes) -> bytes:
+        """The same events, in the first stream's name; its end mark as it is, and comments dropped."""
+        made = [self._event(event) for event in _parsed(whole)]
+        if OPENAI_EVENTS.has_end(whole):
+            made.append(_DONE + END_OF_EVENT)
         return b"".join(made)
 
     def ending(self, finish_reason: str | None, made: int) -> bytes:
@@ -332,7 +331,7 @@ class Joint:
             said.append(self._event({"choices": [{"index": 0, "text": "", "finish_reason": finish_reason}]}))
         if self._wants_usage:
             said.append(self._event({"choices": [], "usage": {"completion_tokens": made}}))
-        return b"".join([*said, _DONE + _END_OF_EVENT])
+        return b"".join([*said, _DONE + END_OF_EVENT])
 
     def _event(self, event: JSONObject) -> bytes:
         joined: JSONObject = {**self._head, "choices": [self._choice(choice) for choice in event["choices"]]}
@@ -340,7 +339,7 @@ class Joint:
             made = self._sent + event["usage"]["completion_tokens"]
             total = self._usage["prompt_tokens"] + made
             joined["usage"] = {**self._usage, "completion_tokens": made, "total_tokens": total}
-        return b"data: " + orjson.dumps(joined) + _END_OF_EVENT
+        return b"data: " + orjson.dumps(joined) + END_OF_EVENT
 
     def _choice(self, choice: JSONObject) -> JSONObject:
         joined = {key: value for key, value in choice.items() if key not in ("text", "prompt_token_ids")}
@@ -351,11 +350,11 @@ class Joint:
         return {**joined, "text": choice.get("text", "")}
 
 
-def _events(data: bytes) -> Iterator[Any]:
-    """The parsed JSON of every event in some bytes of a stream; other lines are passed over."""
-    for line in data.split(b"\n"):
-        if line.startswith(b"data: {"):
+def _parsed(whole: bytes) -> Iterator[Any]:
+    """The parsed JSON of every event that is an object; others are passed over."""
+    for event in events(whole):
+        if event.data.startswith(b"{"):
             try:
-                yield orjson.loads(line[6:])
+                yield orjson.loads(event.data)
             except orjson.JSONDecodeError:
                 continue

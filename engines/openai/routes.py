@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..base import JSONObject, PrefillRefusedError
+from .sse import MESSAGES_EVENTS, OPENAI_EVENTS, RESPONSES_EVENTS, EventRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,8 @@ class Route:
     """... when the token limit did: the one case in which vLLM holds the KV."""
     usage: tuple[str, str]
     """Names in `usage` of the prompt's tokens and their details."""
+    events: EventRules = OPENAI_EVENTS
+    """How its stream says that it failed, and that it is complete."""
     forwards_ids_as: Literal["prompt", "kv_transfer_params"] | None = None
     """Where the decode leg takes the prefill node's own token ids; None when its answer has none."""
     collects: bool = False
@@ -68,6 +71,7 @@ RESPONSES = Route(
     _incomplete_reason,
     "max_output_tokens",
     ("input_tokens", "input_tokens_details"),
+    RESPONSES_EVENTS,
 )
 MESSAGES = Route(
     "/v1/messages",
@@ -75,6 +79,7 @@ MESSAGES = Route(
     _stop_reason,
     "max_tokens",
     ("input_tokens", ""),
+    MESSAGES_EVENTS,
 )
 
 HANDED_OFF = {route.path: route for route in (COMPLETIONS, CHAT, RESPONSES, MESSAGES)}

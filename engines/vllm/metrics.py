@@ -1,29 +1,12 @@
 """What a vLLM node says of itself: its metrics' text and its model cards. Checked against vLLM 0.32."""
 
-from dataclasses import dataclass
-
-from ..base import JSONObject
+from ..base import Gauges, JSONObject
 
 KV_CACHE_USAGE = "vllm:kv_cache_usage_perc"
 PROMPT_TOKENS_BY_SOURCE = "vllm:prompt_tokens_by_source_total"
 REQUESTS_RUNNING = "vllm:num_requests_running"
 REQUESTS_WAITING = "vllm:num_requests_waiting"
 GENERATION_TOKENS = "vllm:generation_tokens_total"
-
-
-@dataclass(frozen=True, slots=True)
-class Gauges:
-    """What a node's `/metrics` say of it: load now, and tokens since its start."""
-
-    running: float = 0
-    waiting: float = 0
-    kv_usage: float = 0
-    """Share of the KV cache's blocks in use or held for a hand-off, 0 to 1."""
-    transferred: float = 0
-    """Prompt tokens whose KV came from a prefill node."""
-    computed: float = 0
-    """Prompt tokens the node computed itself."""
-    generated: float = 0
 
 
 def transferred_tokens(metrics: str) -> float:
@@ -49,6 +32,7 @@ def gauges(metrics: str) -> Gauges:
         kv_usage=kv_cache_usage(metrics),
         transferred=transferred_tokens(metrics),
         computed=computed_tokens(metrics),
+        cached=_total(metrics, PROMPT_TOKENS_BY_SOURCE, 'source="local_cache_hit"'),
         generated=_total(metrics, GENERATION_TOKENS),
     )
 
@@ -56,7 +40,9 @@ def gauges(metrics: str) -> Gauges:
 def model_cards(models: JSONObject) -> tuple[JSONObject, ...]:
     """What a node serves, LoRA adapters included, from its `GET /v1/models`. Raises ValueError if it is not that."""
     cards = models.get("data") if isinstance(models, dict) else None
-    if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
+    if not isinstance(cards, list) or not all(
+        isinstance(card, dict) and isinstance(card.get("id"), str) for card in cards
+    ):
         raise ValueError("not a list of models")
     return tuple(cards)
 

@@ -1,37 +1,43 @@
-"""One client's connection, as the data plane uses it: uvicorn's protocol, plus what ASGI has no word for.
+"""One client's connection: HTTP/1.1, one request after the other; served by uvicorn, which knows it by `http=`.
 
-A stream that stops cleanly in the middle is taken for complete, and ASGI cannot end one abnormally. It has a coroutine
-wake up for every chunk, another wait for the client to leave, and a system call each for an answer's head, its body
-and its end. So the connection itself rides along in the scope: answers are written to it directly, chunks as they
-come from the node, and it says when it is lost.
+    IDLE ─▶ HEAD ─▶ BODY ─▶ COMPLETE ─▶ IDLE …     a request is read, then answered, then the next one
+                      └──────▶ LINGERING ─▶ CLOSED  answered before its body had come: what still comes is dropped
+
+At most one request is read ahead of its answer: bytes of the next wait, unparsed, and when there are many of them they
+are not read from the socket. Answers are written by the request itself (`request.py`), in the turn of the loop in which
+they are made.
+
+What uvicorn wants of a protocol: it is in `server_state.connections` while it is open, its tasks are in
+`server_state.tasks`, and `shutdown` ends it. The application puts the `Service` into the lifespan's state.
 """
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar, Final, Literal, Protocol, cast
+from collections.abc import Coroutine
+from enum import Enum, auto
+from typing import Any, Final, Protocol, cast
 
-import httptools
 import orjson
-from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from engines.openai.errors import error_body
 
-from ..errors import BadRequestError, ClientGoneError, ClientStalledError, NodeBrokeOffError, ProxyError
-from ..exchange.filters import Through
-from ..upstream.client import Answer, Deadline, Sink
+from .framing import FramingError
+from .head import Head, HeadError
+from .request import ClientRequest
+from .service import Service
 
-_CONNECTION: Final = "pd_proxy.connection"
-_CYCLE: Final = "pd_proxy.cycle"
-_END: Final = b"0\r\n\r\n"
-_MOST_HEAD_BYTES: Final = 64 * 1024
-_MOST_HEADERS: Final = 128
-_OF_A_REQUEST: Final = frozenset({("1.1", 1), ("1.0", 1), ("1.0", 0)})
-"""HTTP version and number of Host headers: RFC 9112 §3.2; the parser does not look."""
-_OF_AN_UPGRADE: Final = frozenset({b"upgrade", b"connection", b"http2-settings"})
-_LOOK_EVERY_S: Final = 1.0
+logger = logging.getLogger("pd_proxy")
+
+SERVICE: Final = "pd_proxy.service"
+"""The key of the service in the lifespan's state."""
+
+_MOST_HELD_BYTES: Final = 64 * 1024
+"""Of a next request, or of a body that nobody reads yet. A client that leaves behind more is noticed only later."""
+_LINGER_S: Final = 2.0
+_MOST_LINGER_BYTES: Final = 4 * 2**20
+_MOST_BODY_TIMEOUTS: Final = 10
+"""A body whose every piece comes in time may take this many times as long in all."""
 
 
 class Source(Protocol):
@@ -42,337 +48,336 @@ class Source(Protocol):
     def resume(self) -> None: ...
 
 
-class ClientProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with limits; an application finds it in the scope."""
+class Reading(Enum):
+    """What comes next from the client."""
+
+    IDLE = auto()
+    HEAD = auto()
+    BODY = auto()
+    COMPLETE = auto()
+    LINGERING = auto()
+    CLOSED = auto()
+
+
+class ClientProtocol(asyncio.Protocol):
+    """The connection of one client."""
 
     source: Source | None = None
-    on_lost: Callable[[], object] | None = None
-    waits_for: Literal["head", "body"] | None = "head"
-    """What of a request should come next."""
-    since: float = 0.0
-    """When a piece of it came last, or its connection; on the machine's monotonic clock."""
-    all: ClassVar[set["ClientProtocol"]] = set()
-    closing: ClassVar[bool] = False
-    """Whether answers should be their connection's last: the process is about to end."""
-    _has_begun = False
-    _untaken = 0
-    _untaken_since = 0.0
-    _head_bytes = 0
-    _refusal = (400, "BadRequestError", "this is not a valid HTTP request")
+
+    def __init__(self, config: Any, server_state: Any, app_state: Any, _loop: Any = None) -> None:
+        self._is_tls = bool(config.is_ssl)
+        self._state = server_state
+        self._service: Service = app_state[SERVICE]
+        self._loop: asyncio.AbstractEventLoop = _loop or asyncio.get_running_loop()
+        self._transport: asyncio.Transport = cast("asyncio.Transport", None)  # made before anything else happens
+        self._reading = Reading.IDLE
+        self._head = Head()
+        self._request: ClientRequest | None = None
+        self._task: asyncio.Task[None] | None = None
+        """What answers the latest request."""
+        self._held = b""
+        self._is_read_paused = False
+        self._drain: asyncio.Future[None] | None = None
+        self.is_write_paused = False
+        self._since = 0.0
+        """When a piece of what is awaited came last."""
+        self._body_since = 0.0
+        self._has_had_request = False
+        self._lingered = 0
+        self._untaken = 0
+        self._untaken_since = 0.0
+
+    def __repr__(self) -> str:
+        return f"<client's connection: {self._reading.name.lower()}, {self._request and self._request.path}>"
+
+    # -- what asyncio and uvicorn call
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(cast("asyncio.Transport", transport))
-        self.since = time.monotonic()
-        ClientProtocol.all.add(self)
-
-    def data_received(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
-        unread = memoryview(data)
-        try:
-            while (offset := self._parsed(unread)) is not None:
-                unread = unread[offset:]
-                self._begin_again_without_upgrade()
-        except httptools.HttpParserError:
-            self.send_400_response("")
-
-    def _parsed(self, data: memoryview) -> int | None:
-        """Where a request ends its head with the wish for another protocol; None when all is read."""
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as exc:
-            return int(exc.args[0])
-        return None
-
-    def _begin_again_without_upgrade(self) -> None:
-        """Java's client asks every server for HTTP/2, by an Upgrade that may be ignored (RFC 9110 §7.8).
-
-        The parser takes what follows for another protocol, so another parser is given the same head without it.
-        """
-        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
-        if method == b"CONNECT":
-            raise httptools.HttpParserError("a tunnel")
-        headers = [header for header in self.headers if header[0] not in _OF_AN_UPGRADE]
-        if not self.parser.should_keep_alive():
-            headers.append((b"connection", b"close"))
-        self.parser = httptools.HttpRequestParser(self)
-        lines = [b"%b %b HTTP/%b\r\n" % (method, self.url, version), *(b"%b: %b\r\n" % header for header in headers)]
-        self.parser.feed_data(b"".join((*lines, b"\r\n")))
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.waits_for, self.since, self._head_bytes, self._has_begun = "head", time.monotonic(), 0, True
-
-    def on_url(self, url: bytes) -> None:
-        super().on_url(url)
-        self._count(len(url))
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
-        self._count(len(name) + len(value) + 4)
-
-    def on_headers_complete(self) -> None:
-        if self.parser.should_upgrade():
-            return
-        version, hosts = self.parser.get_http_version(), sum(name == b"host" for name, _ in self.headers)
-        if (version, hosts) not in _OF_A_REQUEST:
-            raise ValueError("not a request of HTTP/1")  # ends the parsing
-        super().on_headers_complete()
-        self.scope[_CONNECTION] = self  # type: ignore[typeddict-unknown-key]
-        self.scope[_CYCLE] = self.cycle  # type: ignore[typeddict-unknown-key]
-        self.waits_for, self.since = "body", time.monotonic()
-
-    def on_body(self, body: bytes) -> None:
-        super().on_body(body)
-        if not self.cycle.response_complete:  # who is answered, and goes on sending, is not heard for ever
-            self.since = time.monotonic()
-
-    def on_message_complete(self) -> None:
-        if self.parser.should_upgrade():
-            return
-        super().on_message_complete()
-        self.waits_for = None
-
-    def abort_if_stalled(self, now: float, stall_s: float) -> None:
-        """A client that takes nothing of what was written for it loses its connection."""
-        untaken = self.transport.get_write_buffer_size()
-        if untaken == 0 or untaken != self._untaken:
-            self._untaken, self._untaken_since = untaken, now
-        elif now - self._untaken_since > stall_s:
-            self.transport.abort()
-
-    def close_if_late(self, now: float, head_s: float, body_s: float) -> None:
-        """A client that does not go on with its request loses its connection: whoever waits costs a socket."""
-        if self._is_answering_an_earlier_one():
-            self.since = now  # it is not read meanwhile
-            return
-        if self.waits_for is None or now - self.since <= (head_s if self.waits_for == "head" else body_s):
-            return
-        if not self._has_begun:
-            self.transport.close()
-        elif self.waits_for == "head" or not self.cycle.response_started:
-            self._refusal = (408, "RequestTimeoutError", f"the request's {self.waits_for} did not come in time")
-            self.send_400_response("")
-        else:
-            self.transport.close()  # it is answered, and goes on sending
-
-    def _is_answering_an_earlier_one(self) -> bool:
-        running = self.cycle is not None and not self.cycle.response_complete
-        return bool(self.pipeline) or (running and self.waits_for == "head")
-
-    def send_400_response(self, msg: str) -> None:
-        """In OpenAI's shape, and with the status of what is wrong."""
-        del msg
-        status, kind, message = self._refusal
-        body = orjson.dumps(error_body(message, kind, status))
-        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        self.transport.write(STATUS_LINE[status] + head + body)
-        self.transport.close()
-
-    def _count(self, size: int) -> None:
-        self._head_bytes += size
-        if self._head_bytes > _MOST_HEAD_BYTES or len(self.headers) > _MOST_HEADERS:
-            limits = f"{_MOST_HEAD_BYTES} bytes and {_MOST_HEADERS} headers"
-            self._refusal = (431, "RequestHeaderFieldsTooLargeError", f"a request's head has at most {limits}")
-            raise ValueError("head too large")  # ends the parsing; uvicorn then calls send_400_response
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
+        self._since = time.monotonic()
+        self._state.connections.add(self)
+        self._service.connections.add(self)
+        if len(self._service.connections) > self._service.limits.connections:
+            self._refuse(503, "ServiceUnavailableError", "too many connections")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        ClientProtocol.all.discard(self)
-        super().connection_lost(exc)
+        del exc
+        self._state.connections.discard(self)
+        self._service.connections.discard(self)
+        self._reading = Reading.CLOSED
+        self._held = b""
         if self.source is not None:
             self.source.pause()  # nothing may be written any more
-        if self.on_lost is not None:
-            self.on_lost()
+        if self._request is not None:
+            self._request.lose()
+        self.resume_writing()
+
+    def data_received(self, data: bytes) -> None:
+        reading = self._reading
+        if reading is Reading.COMPLETE:
+            self._hold(data)
+        elif reading is Reading.LINGERING:
+            self._drop(len(data))
+        elif reading is not Reading.CLOSED:
+            self._read(data)
+
+    def eof_received(self) -> None:
+        """Who has closed its half has left: it cannot be told from a close, and must not go on holding KV."""
 
     def pause_writing(self) -> None:
-        super().pause_writing()
+        self.is_write_paused = True
         if self.source is not None:
             self.source.pause()
 
     def resume_writing(self) -> None:
-        super().resume_writing()
-        if self.source is not None:
+        self.is_write_paused = False
+        if self._drain is not None and not self._drain.done():
+            self._drain.set_result(None)
+        if self.source is not None and self._reading is not Reading.CLOSED:
             self.source.resume()
 
+    def shutdown(self) -> None:
+        """The process ends: a running answer is the last one here."""
+        if self._request is None:
+            self._close()
+        else:
+            self._request.keeps_alive = False
 
-async def close_the_late(head_s: float, body_s: float, stall_s: float) -> None:
-    """Look at all connections, for ever."""
-    while True:
-        await asyncio.sleep(_LOOK_EVERY_S)
-        now = time.monotonic()
-        for connection in tuple(ClientProtocol.all):
-            connection.close_if_late(now, head_s, body_s)
-            connection.abort_if_stalled(now, stall_s)
+    # -- what a request calls
 
+    @property
+    def default_head(self) -> bytes:
+        return b"".join(b"%b: %b\r\n" % header for header in self._state.default_headers)
 
-class BodyTooLargeError(ProxyError):
-    """Refused while it is being read: no more than the limit is ever held."""
+    @property
+    def client_address(self) -> tuple[str, int] | None:
+        address = self._transport.get_extra_info("peername")
+        return (str(address[0]), int(address[1])) if isinstance(address, tuple) else None
 
-    status = 413
-    kind = "RequestEntityTooLargeError"
+    @property
+    def server_address(self) -> tuple[str, int] | None:
+        address = self._transport.get_extra_info("sockname")
+        return (str(address[0]), int(address[1])) if isinstance(address, tuple) else None
 
+    @property
+    def scheme(self) -> str:
+        return "https" if self._is_tls else "http"
 
-class ClientConnection:
-    """One request's way in and one answer's way out."""
+    def write(self, data: bytes) -> None:
+        if data and self._reading is not Reading.CLOSED and not self._transport.is_closing():
+            self._transport.write(data)
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        del send  # answers are written to the connection
-        self._receive = receive
-        self._headers = dict(scope["headers"])
-        self._connection: ClientProtocol = scope[_CONNECTION]
-        self._cycle: Any = scope[_CYCLE]
-        self._framed = (
-            scope["http_version"] != "1.0"
-        )  # HTTP/1.0 knows no chunked coding: a body ends with the connection
-        self.started = False
-        self.is_gone = False
+    def may_stay_open(self, request: ClientRequest) -> bool:
+        """Whether another request may follow; not behind a body that nobody has read."""
+        return request.keeps_alive and request.is_read and not self._service.is_closing
 
-    async def body(self, most_bytes: int) -> bytes:
-        """The whole request body. Raises BodyTooLargeError, or ClientGoneError."""
-        chunks: list[bytes] = []
-        size = 0
-        told = self.header(b"content-length") or b"0"
-        if int(told) > most_bytes:
-            raise BodyTooLargeError(f"the request body is larger than {most_bytes} bytes")
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGoneError
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            if size > most_bytes:
-                raise BodyTooLargeError(f"the request body is larger than {most_bytes} bytes")
-            if not message.get("more_body"):
-                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    def wants_body(self, request: ClientRequest) -> None:
+        """Somebody waits for the body: its bytes are read, and the client is asked for them."""
+        self._since = self._body_since = time.monotonic()
+        if request.expects_continue:
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._resume_reading()
 
-    def header(self, name: bytes) -> bytes | None:
-        """A request header; `name` in lower case."""
-        return self._headers.get(name)
+    async def drained(self) -> None:
+        """Until the client has taken enough of what was written."""
+        if self.is_write_paused and self._reading is not Reading.CLOSED:
+            self._drain = self._loop.create_future()
+            await self._drain
 
-    @contextmanager
-    def calling_when_gone(self, left: Callable[[], object]) -> Iterator[None]:
-        """Call `left` should the client close its connection meanwhile; `is_gone` is true then. Or ClientGoneError."""
-
-        def lost() -> None:
-            self.is_gone = True
-            left()
-
-        if self._connection.transport.is_closing():
-            self.is_gone = True
-            raise ClientGoneError
-        self._connection.on_lost = lost
-        try:
-            yield
-        finally:
-            self._connection.on_lost = None
-
-    def answer(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
-        """A whole answer, in one write."""
-        self._write(self._head(status, headers, b"content-length: %d\r\n" % len(body)), body)
-        self._complete()
-
-    def begin(self, status: int, headers: Iterable[tuple[bytes, bytes]], first: bytes) -> None:
-        """The head and the first bytes of an answer whose length nobody knows yet, in one write."""
-        self._write(
-            self._head(status, headers, b"transfer-encoding: chunked\r\n" if self._framed else b""), self._frame(first)
-        )
-
-    def write(self, chunk: bytes) -> None:
-        """A chunk of an answer that has begun."""
-        self._write(self._frame(chunk))
-
-    async def relay(
-        self, answer: Answer, deadline: Deadline, through: Through, *, silence_s: float, stall_s: float
-    ) -> None:
-        """The rest of a node's answer, each chunk written in the turn of the loop in which it came.
-
-        A client that takes no more stops its node, and not for longer than `stall_s`. Raises NodeError, or
-        ClientStalledError.
-        """
-        connection = self._connection
-
-        def write(pieces: Sequence[bytes], *, ended: bool) -> Exception | None:
-            self._take(through.feed(b"".join(pieces)), ended=ended and through.is_done and not through.has_failed)
-            if through.has_failed:
-                return NodeBrokeOffError("the node failed in the middle of its answer", "Its own log tells why")
-            early = ended and not through.is_done
-            return NodeBrokeOffError("the node ended its stream before its end") if early else None
-
-        connection.source = answer
-        if connection.flow.write_paused:
-            answer.pause()
-        try:
-            frames = (through.in_frames, connection.transport.write) if self._framed else None
-            await answer.pipe(Sink(write, frames, deadline, silence_s=silence_s, stall_s=stall_s))
-        finally:
-            connection.source = None
-        self._complete()
-
-    async def drained(self, stall_s: float) -> None:
-        """Until the client can take more. Raises ClientStalledError when that takes longer than `stall_s`."""
-        try:
-            async with asyncio.timeout(stall_s):
-                await self._connection.flow.drain()
-        except TimeoutError as exc:
-            raise ClientStalledError(f"the client took nothing for {stall_s:g} s") from exc
-
-    def finish(self) -> None:
-        """The end of an answer that `write` has written."""
-        if self._framed:
-            self._write(_END)
-        self._complete()
+    def answered(self, request: ClientRequest) -> None:
+        """The answer is written whole: the next request, or the end of the connection."""
+        if request is not self._request or self._reading is Reading.CLOSED:
+            return
+        if not request.is_read:
+            self._linger()
+        elif not request.keeps_alive or self._service.is_closing:
+            self._close()
+        else:
+            self._request = None
+            self._reading = Reading.IDLE
+            self._since = time.monotonic()
+            self._head = Head()
+            if self._held:
+                self._loop.call_soon(self._go_on)  # a turn each: many short requests in one packet stop nobody else
+            else:
+                self._resume_reading()
 
     def break_off(self, *, at_once: bool) -> None:
-        """End a begun answer so that nobody takes it for whole: close without the end of the body.
-
-        `at_once`: without waiting for a client that takes nothing to take what is written already.
-        """
-        self._cycle.disconnected = True  # to uvicorn: that nothing more comes is no mistake
-        if self._framed and not at_once:
-            self._connection.transport.close()
+        """Close the connection in the middle of an answer."""
+        if at_once:
+            self._transport.abort()
         else:
-            self._connection.transport.abort()
+            self._close()
 
-    def _take(self, data: bytes, *, ended: bool) -> None:
-        self._write(self._frame(data), _END if ended and self._framed else b"")
+    # -- what the service calls
 
-    def _frame(self, chunk: bytes) -> bytes:
-        return b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._framed and chunk else chunk
+    def check(self, now: float) -> None:
+        """Is the client late, or has it stopped reading?"""
+        if not self._check_taken(now):
+            return
+        limits, since = self._service.limits, now - self._since
+        if self._reading is Reading.IDLE:
+            if since > (limits.keep_alive_s if self._has_had_request else limits.head_s):
+                self._close()
+        elif self._reading is Reading.HEAD:
+            if since > limits.head_s:
+                self._refuse(408, "RequestTimeoutError", "the request's head did not come in time")
+        elif self._reading is Reading.BODY and self._request is not None and self._request.is_reading:
+            whole_s = now - self._body_since
+            if max(since, whole_s / _MOST_BODY_TIMEOUTS) > limits.body_s:
+                self._refuse(408, "RequestTimeoutError", "the request's body did not come in time")
 
-    def _head(self, status: int, headers: Iterable[tuple[bytes, bytes]], length: bytes) -> bytes:
-        self.started = self._cycle.response_started = True
-        lines = [STATUS_LINE[status]]
-        lines += [b"%b: %b\r\n" % header for header in self._cycle.default_headers]
-        lines += [b"%b: %b\r\n" % header for header in headers]
-        if ClientProtocol.closing:
-            self._cycle.keep_alive = False
-        if not self._cycle.keep_alive:
-            lines.append(b"connection: close\r\n")
-        lines += (length, b"\r\n")
-        return b"".join(lines)
+    def end_running_answer(self) -> None:
+        """Nothing is waited for any more."""
+        if self._task is not None:
+            self._task.cancel()
 
-    def _write(self, *pieces: bytes) -> None:
-        if not self._connection.transport.is_closing():
-            self._connection.transport.write(b"".join(pieces))
+    # -- inside
 
-    def _complete(self) -> None:
-        """What uvicorn does when an answer has been sent: close, or make ready for the connection's next request."""
-        cycle = self._cycle
-        cycle.response_complete = True
-        cycle.message_event.set()
-        if not cycle.keep_alive:
-            self._connection.transport.close()
-        cycle.on_response()
+    def _go_on(self) -> None:
+        """With bytes that were held while an earlier request was answered."""
+        if self._reading is Reading.IDLE and self._held:
+            held, self._held = self._held, b""
+            self._resume_reading()
+            self._read(held)
 
+    def _read(self, data: bytes) -> None:
+        try:
+            if self._reading is Reading.BODY:
+                self._read_body(data)
+            else:
+                self._read_head(data)
+        except HeadError as exc:
+            self._refuse(exc.status, exc.kind, str(exc))
+        except FramingError as exc:
+            self._refuse(400, "BadRequestError", f"the request's body cannot be read: {exc}")
 
-def refuse_unless_json(connection: ClientConnection) -> None:
-    """VLLM takes only `application/json`; so do we, and read no compressed bodies (nor does vLLM)."""
-    content_type = (connection.header(b"content-type") or b"application/json").split(b";", 1)[0].strip().lower()
-    if content_type != b"application/json":
-        raise BadRequestError("Unsupported Media Type: Only 'application/json' is allowed")
-    if (connection.header(b"content-encoding") or b"identity").lower() != b"identity":
-        raise UnsupportedEncodingError("a compressed request body is not read", "Send it without Content-Encoding")
+    def _read_head(self, data: bytes) -> None:
+        if self._reading is Reading.IDLE:
+            data = data.lstrip(b"\r\n")  # RFC 9112 section 2.2
+            if not data:
+                return
+            self._reading, self._since = Reading.HEAD, time.monotonic()
+        end = self._head.feed(data)
+        if end >= 0:
+            self._begin(data[end:])
 
+    def _begin(self, behind: bytes) -> None:
+        """A request whose head is here; as much of its body as is here too is read before it is handled."""
+        head = self._head
+        body = head.body()
+        expected = head.header(b"expect")
+        if expected is not None and expected.lower() != b"100-continue":
+            raise HeadError("this expectation cannot be met", 417, "ExpectationFailedError")
+        request = self._request = ClientRequest(self, head, body)
+        self._has_had_request = True
+        self._state.total_requests += 1
+        if body is None:
+            self._reading = Reading.COMPLETE
+            if behind:
+                self._hold(behind)
+        else:
+            self._reading = Reading.BODY
+            if behind:
+                self._read_body(behind)
+        if self._request is request:
+            self._handle(request)
 
-class UnsupportedEncodingError(ProxyError):
-    status = 415
-    kind = "UnsupportedMediaTypeError"
+    def _read_body(self, data: bytes) -> None:
+        request = self._request
+        assert request is not None  # noqa: S101  BODY is a state of a request
+        self._since = time.monotonic()
+        behind = request.feed(data)
+        if request.is_read:
+            self._reading = Reading.COMPLETE
+            if behind:
+                self._hold(behind)
+        elif not request.is_reading and request.buffered > _MOST_HELD_BYTES:
+            self._pause_reading()
+
+    def _handle(self, request: ClientRequest) -> None:
+        handler = self._service.other
+        if request.method == b"POST":
+            handler = self._service.post.get(request.path, handler)
+        work = handler(request)
+        if work is not None:
+            task = self._task = self._loop.create_task(self._answer(work, request))
+            self._state.tasks.add(task)
+            task.add_done_callback(self._state.tasks.discard)
+
+    async def _answer(self, work: Coroutine[Any, Any, None], request: ClientRequest) -> None:
+        try:
+            await work
+        except Exception:
+            logger.exception("the handler of %s failed", request.path)
+        finally:
+            if not request.has_answer and not request.is_gone:
+                request.break_off(at_once=True)
+
+    def _hold(self, data: bytes) -> None:
+        self._held = self._held + data if self._held else data
+        if len(self._held) > _MOST_HELD_BYTES:
+            self._pause_reading()
+
+    def _drop(self, size: int) -> None:
+        self._lingered += size
+        if self._lingered > _MOST_LINGER_BYTES:
+            self._transport.abort()
+
+    def _linger(self) -> None:
+        """The answer came before the request's end. A close now would reset the connection, and a client that is still
+        sending would lose the answer: what it sends is dropped for a moment, unparsed.
+        """
+        self._reading = Reading.LINGERING
+        self._resume_reading()
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        self._loop.call_later(_LINGER_S, self._close)
+
+    def _refuse(self, status: int, kind: str, message: str) -> None:
+        """What comes from this client can no longer be read. Into an answer that has begun nothing is written."""
+        request = self._request
+        if request is not None and request.started and not request.has_answer:
+            request.break_off()
+            return
+        body = orjson.dumps(error_body(message, kind, status))
+        head = b"HTTP/1.1 %d \r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        self.write(head % (status, len(body)) + body)
+        if request is not None:
+            request.lose()
+        self._request = None
+        self._linger()
+
+    def _close(self) -> None:
+        if self._reading is not Reading.CLOSED:
+            self._transport.close()
+
+    def _check_taken(self, now: float) -> bool:
+        """A client that takes nothing of what was written for it loses its connection. False when it has lost it."""
+        if self._reading is Reading.CLOSED or self._transport.is_closing():
+            return self._check_closing(now)
+        untaken = self._transport.get_write_buffer_size()
+        if untaken == 0 or untaken != self._untaken:
+            self._untaken, self._untaken_since = untaken, now
+        elif now - self._untaken_since > self._service.limits.stall_s:
+            self._transport.abort()
+            return False
+        return True
+
+    def _check_closing(self, now: float) -> bool:
+        """What was written before a close must be taken as well."""
+        if self._untaken_since == 0.0:
+            self._untaken_since = now
+        elif now - self._untaken_since > self._service.limits.stall_s:
+            self._transport.abort()
+        return False
+
+    def _pause_reading(self) -> None:
+        if not self._is_read_paused and not self._transport.is_closing():
+            self._is_read_paused = True
+            self._transport.pause_reading()
+
+    def _resume_reading(self) -> None:
+        if self._is_read_paused and not self._transport.is_closing():
+            self._is_read_paused = False
+            self._transport.resume_reading()

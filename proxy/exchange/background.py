@@ -26,7 +26,10 @@ class Background:
         task.add_done_callback(self._ended)
         return task
 
-    async def close(self) -> None:
+    async def close(self, within_s: float = 0) -> None:
+        """Wait for what is running, for at most so long; then cancel it."""
+        if self._tasks and within_s > 0:
+            await asyncio.wait(self._tasks, timeout=within_s)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -34,4 +37,4 @@ class Background:
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            logger.debug("%s ended with %r", task.get_name(), task.exception())
+            logger.error("%s failed", task.get_name(), exc_info=task.exception())

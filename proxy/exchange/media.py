@@ -1,6 +1,6 @@
-"""Media in messages, fetched once and put into the body: both legs see the same bytes, and a URL that expires or
-answers differently the second time cannot make them differ. It also keeps nodes from dialling addresses that a
-client chose.
+"""Media that a request points to, fetched once and put into the body: both legs see the same bytes, and a URL that
+expires or answers differently the second time cannot make them differ. It also keeps nodes from dialling addresses
+that a client chose, on whatever route and in whatever shape the client names them.
 """
 
 import asyncio
@@ -16,13 +16,35 @@ from engines.base import JSONObject
 
 from ..errors import BadRequestError
 from ..settings import ProxySettings
+from .memory import Reservation
 
 _KINDS = ("image_url", "audio_url", "video_url")
+_HINTS = (b"_url", b'"source"', b"\\u00")
+"""A body without any of these names no media; JSON can spell them in escapes, too."""
+_NO_MEDIA_IN = frozenset(
+    {
+        "tools",
+        "functions",
+        "response_format",
+        "structured_outputs",
+        "guided_json",
+        "metadata",
+        "documents",
+        "chat_template_kwargs",
+    }
+)
+"""Whose words are the client's own: a schema may call a field `image_url`."""
+_MOST_OBJECTS = 50_000
+_AT_ONCE = 4
 _DEFAULT_TYPE = "application/octet-stream"
+_COPIES = 3
+"""Of what is fetched: the bytes, their base64, and that in a leg's body."""
+
+Place = tuple[Any, str | int]
 
 
 class Media:
-    """Fetches what messages point to, within limits of size, time and address."""
+    """Fetches what requests point to, within limits of number, size, time and address for all media of a request."""
 
     def __init__(self, settings: ProxySettings) -> None:
         self._settings = settings
@@ -31,44 +53,66 @@ class Media:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def inlined(self, body: JSONObject) -> JSONObject:
-        """The body with every http(s) URL of a message's media replaced by a `data:` URL.
+    @staticmethod
+    def may_be_in(raw: bytes) -> bool:
+        """Whether a body can name media at all."""
+        return any(hint in raw for hint in _HINTS)
 
-        The client's body is edited in place where it has such URLs. Raises BadRequestError.
+    async def inline(self, body: JSONObject, memory: Reservation) -> None:
+        """Replace every http(s) URL that a node would fetch by a `data:` URL.
+
+        Raises BadRequestError, OverloadedError.
         """
-        places = list(_remote(body))
-        if places:
-            urls = {holder[key] for holder, key in places}
-            fetched = dict(zip(urls, await asyncio.gather(*(self._fetch(url) for url in urls)), strict=True))
-            for holder, key in places:
-                holder[key] = fetched[holder[key]]
-        return body
+        places = list(remote_media(body, most_objects=_MOST_OBJECTS))
+        if not places:
+            return
+        urls = list(dict.fromkeys(holder[key] for holder, key in places))
+        if len(urls) > self._settings.max_media_count:
+            raise BadRequestError(f"the request names {len(urls)} media, more than {self._settings.max_media_count}")
+        fetched = await self._fetch_all(urls, memory)
+        for holder, key in places:
+            holder[key] = fetched[holder[key]]
 
-    async def _fetch(self, url: str) -> str:
+    async def _fetch_all(self, urls: list[str], memory: Reservation) -> dict[str, str]:
+        download = _Download(self._settings.max_media_bytes, memory)
+        places = asyncio.Semaphore(_AT_ONCE)
+
+        async def fetch(url: str) -> str:
+            async with places:
+                return await self._fetched(httpx.URL(url), download)
+
+        tasks = [asyncio.create_task(fetch(url), name="fetch of media") for url in urls]
         try:
             async with asyncio.timeout(self._settings.media_timeout_s):
-                return await self._fetched(httpx.URL(url))
+                return dict(zip(urls, await asyncio.gather(*tasks), strict=True))
+        except TimeoutError as exc:
+            limit_s = self._settings.media_timeout_s
+            raise BadRequestError(f"media in the messages could not be fetched in {limit_s:g} s") from exc
         except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as exc:
             raise BadRequestError("media in the messages cannot be fetched", f"Reason: {type(exc).__name__}") from exc
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _fetched(self, url: httpx.URL) -> str:
+    async def _fetched(self, url: httpx.URL, download: "_Download") -> str:
         """Connects to the very address that was checked: a name may resolve to another one a moment later."""
         address = await self._checked_address(url)
         request = self._client.build_request(
-            "GET", url.copy_with(host=address), headers={"Host": url.netloc.decode("ascii"), "Accept": "*/*"},
+            "GET", url.copy_with(host=address),
+            headers={"Host": url.netloc.decode("ascii"), "Accept": "*/*", "Accept-Encoding": "identity"},
             extensions={"sni_hostname": url.host},
         )  # fmt: skip
         answer = await self._client.send(request, stream=True)
         try:
             if answer.status_code != httpx.codes.OK:
                 raise BadRequestError(f"media in the messages cannot be fetched: its server says {answer.status_code}")
+            if answer.headers.get("content-encoding", "identity") != "identity":
+                raise BadRequestError("media in the messages is compressed by its server, unasked")
             data = bytearray()
-            async for chunk in answer.aiter_bytes():
+            async for chunk in answer.aiter_raw():
+                download.count(len(chunk))
                 data += chunk
-                if len(data) > self._settings.max_media_bytes:
-                    raise BadRequestError(
-                        f"media in the messages is larger than {self._settings.max_media_bytes} bytes"
-                    )
         finally:
             await answer.aclose()
         kind = answer.headers.get("content-type", _DEFAULT_TYPE).split(";", 1)[0].strip()
@@ -86,35 +130,57 @@ class Media:
         return addresses[0]
 
 
-def _remote(body: JSONObject) -> Iterator[tuple[JSONObject, str]]:
-    """(object, key) of every http(s) URL that a node would fetch, in the shapes vLLM knows.
+class _Download:
+    """All that is fetched for one request."""
 
-    `{"image_url": {"url": …}}` and `{"image_url": …}`, with a type or without, in chat and responses, and
-    `{"source": {"url": …}}` in messages (vllm/renderers/chat_utils.py, entrypoints/anthropic/serving.py).
+    def __init__(self, most_bytes: int, memory: Reservation) -> None:
+        self._most = most_bytes
+        self._memory = memory
+        self._size = 0
+
+    def count(self, size: int) -> None:
+        """Raises BadRequestError, OverloadedError."""
+        self._size += size
+        if self._size > self._most:
+            raise BadRequestError(f"the request's media are larger than {self._most} bytes")
+        self._memory.add(size * _COPIES)
+
+
+def remote_media(body: JSONObject, most_objects: int | None) -> Iterator[Place]:
+    """(holder, key) of every http(s) URL that a node would fetch, wherever in the body it stands.
+
+    `{"image_url": {"url": …}}` and `{"image_url": …}`, with a type or without, and `{"source": {"url": …}}`: in the
+    messages of chat, of its batches, of responses, and in what is scored, ranked or embedded
+    (vllm/renderers/chat_utils.py, entrypoints/anthropic/serving.py, entrypoints/pooling/scoring). Raises
+    BadRequestError when there is too much to look through.
     """
-    for message in (*_objects(body.get("messages")), *_objects(body.get("input"))):
-        for block in (*_blocks(message.get("content")), *_blocks(message.get("output"))):
-            for holder, key in _places(block):
-                url = holder.get(key)
-                if isinstance(url, str) and url[:8].lower().lstrip().startswith("http"):
-                    yield holder, key
+    todo: list[Any] = [value for key, value in body.items() if key not in _NO_MEDIA_IN]
+    seen = 0
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            yield from _places(value)
+            todo.extend(value.values())
+        elif isinstance(value, list):
+            todo.extend(value)
+        else:
+            continue
+        seen += 1
+        if most_objects is not None and seen > most_objects:
+            raise BadRequestError(f"a request that names media may have at most {most_objects} objects in it")
 
 
-def _blocks(content: Any) -> Iterator[JSONObject]:
-    """The blocks of a message's content, and those within them: of a tool's result."""
-    for block in _objects(content):
-        yield block
-        yield from _blocks(block.get("content"))
-
-
-def _places(block: JSONObject) -> Iterator[tuple[JSONObject, str]]:
+def _places(block: JSONObject) -> Iterator[Place]:
     for kind in _KINDS:
         media = block.get(kind)
-        yield (media, "url") if isinstance(media, dict) else (block, kind)
+        if isinstance(media, str) and _is_remote(media):
+            yield block, kind
+        elif isinstance(media, dict) and isinstance(media.get("url"), str) and _is_remote(media["url"]):
+            yield media, "url"
     source = block.get("source")
-    if isinstance(source, dict):
+    if isinstance(source, dict) and isinstance(source.get("url"), str) and _is_remote(source["url"]):
         yield source, "url"
 
 
-def _objects(value: Any) -> list[JSONObject]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+def _is_remote(url: str) -> bool:
+    return url[:16].lstrip().lower().startswith("http")

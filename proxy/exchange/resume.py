@@ -1,43 +1,64 @@
 """A decode node died in the middle of a stream: the stream goes on, from another node, as if nothing had happened."""
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from engines.openai.continuation import Joint
+import orjson
+
+from engines.base import JSONObject
+from engines.openai.continuation import Joint, continuation_body
+from engines.openai.request import Asked
+from engines.openai.routes import COMPLETIONS, HANDED_OFF
 
 from ..errors import NodeBrokeOffError
-from ..upstream.client import Answer, Deadline
-from .filters import Through
+from ..nodes.fleet import Fleet
+from ..upstream.client import Answer
+from ..upstream.deadline import Deadline
+from .filters import StreamFilter
+from .plane import Client, Request
 
-
-class Stream(Protocol):
-    """A client in the middle of its answer."""
-
-    @property
-    def is_gone(self) -> bool: ...
-
-    def write(self, chunk: bytes) -> None: ...
-
-    async def drained(self, stall_s: float) -> None: ...
-
-    def finish(self) -> None: ...
+if TYPE_CHECKING:
+    from .attempt import StreamLostError
 
 
 class CannotContinueError(Exception):
     """The continuation was refused, or cannot be asked for."""
 
 
+def continued(
+    request: Request, client: Client, lost: "StreamLostError", fleet: Fleet
+) -> tuple[Request, "Continued"] | None:
+    """The request that makes the rest of a lost stream, and what writes it to the client.
+
+    None when nothing but the stream's end was missing, which the client now has. Raises CannotContinueError.
+    """
+    prefilled, sent, body = lost.prefilled, lost.sent, request.asked.body
+    route = HANDED_OFF[request.path]
+    prompt, ids = orjson.loads(prefilled.token_ids or b"[]"), sent.token_ids()
+    cached = None if prefilled.cached_tokens is None else {"cached_tokens": prefilled.cached_tokens}
+    usage: JSONObject = {"prompt_tokens": prefilled.prompt_tokens, "prompt_tokens_details": cached}
+    try:
+        joint = Joint(route, body, sent.first_event, usage, len(ids))
+        rest = continuation_body(route, body, prompt, ids, fleet.max_model_len(body.get("model")))
+    except ValueError as exc:
+        raise CannotContinueError(str(exc)) from exc
+    if sent.is_finished or rest is None:
+        client.write(joint.ending(None if sent.is_finished else "length", 0))
+        client.finish()
+        return None
+    name = f"{request.id}-on".encode("latin-1")
+    headers = [(key, name if key == b"x-request-id" else value) for key, value in request.headers]
+    asked = Asked(rest, reason=None, is_text=True, tokens=len(rest["prompt"]))
+    return Request(COMPLETIONS.path, asked, f"{request.id}-on", headers), Continued(client, joint)
+
+
 class Continued:
     """Stands where a client stands in an exchange, and writes into the answer that its client has begun to read."""
 
-    def __init__(self, client: Stream, joint: Joint) -> None:
+    def __init__(self, client: Client, joint: Joint) -> None:
         self._client = client
         self._joint = joint
         self.started = False
-
-    @property
-    def is_gone(self) -> bool:
-        return self._client.is_gone
 
     def answer(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """No stream, but an error. Raises CannotContinueError."""
@@ -59,11 +80,9 @@ class Continued:
     def finish(self) -> None:
         self._client.finish()
 
-    async def relay(
-        self, answer: Answer, deadline: Deadline, through: Through, *, silence_s: float, stall_s: float
-    ) -> None:
+    async def relay(self, answer: Answer, through: StreamFilter, *, silence_s: float, stall_s: float) -> None:
         """Every event is looked into, unlike in a stream that nothing happens to. Raises NodeError."""
-        while chunk := await answer.chunk(Deadline(min(silence_s, deadline.left_s), "send anything")):
+        while chunk := await answer.chunk(Deadline(silence_s, "send anything")):
             self.write(through.feed(chunk))
             await self._client.drained(stall_s)
             if through.has_failed:

@@ -1,11 +1,16 @@
-"""Another try on another node: when, and how often all in all."""
+"""May a request be tried again on another node? A pure decision, from the error and the nodes there are."""
 
 import time
+from collections.abc import Collection
 
-from ..errors import NodeAnsweredError, NodeError, NodeTimeoutError, NodeUnreachableError
+from engines.base import Role
+
+from ..errors import NodeAnsweredError, NodeError
+from ..nodes.fleet import Fleet
+from ..nodes.node import Node
 
 MOST_ATTEMPTS = 3
-"""For one request. One that kills every node it meets must not meet them all."""
+"""For one request. One that kills every node it is sent to must not be sent to them all."""
 
 MOST_CONTINUATIONS = 3
 """Nodes that one stream may lose in its middle."""
@@ -16,6 +21,21 @@ _RETRIED_STATUSES = frozenset({429, 500, 502, 503, 504})
 def is_node_failure(status: int) -> bool:
     """Whether an answer with this status is the node's failure, which another node may not share."""
     return status in _RETRIED_STATUSES
+
+
+def may_retry(error: NodeError, failing: Node, fleet: Fleet, avoid: Collection[Node], *, alone_will_do: bool) -> bool:
+    """Whether another attempt can do better. `alone_will_do`: decode nodes may compute prompts.
+
+    A node that answers that it cannot is not asked again for the same; one that broke off may be.
+    """
+    if not error.may_be_retried:
+        return False
+    if not isinstance(error, NodeAnsweredError):
+        return True
+    role = failing.spec.role
+    if any(node.usable and node not in avoid for node in fleet.of(role)):
+        return True
+    return role is Role.PREFILL and error.retry_after_s is None and alone_will_do
 
 
 class RetryBudget:
@@ -41,14 +61,3 @@ class RetryBudget:
             return False
         self._left -= 1
         return True
-
-
-def reason(error: NodeError) -> str:
-    """A failure in one word, for the metrics."""
-    if isinstance(error, NodeUnreachableError):
-        return "unreachable"
-    if isinstance(error, NodeTimeoutError):
-        return "late"
-    if isinstance(error, NodeAnsweredError):
-        return str(error.status)
-    return "broke-off"

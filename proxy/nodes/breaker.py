@@ -1,4 +1,4 @@
-"""Passive outlier detection: what requests themselves tell of a node, between two probes."""
+"""Circuit breaker, passive: what requests themselves tell of a node, between two probes."""
 
 import time
 from dataclasses import dataclass
@@ -10,14 +10,15 @@ _LONGEST_REST_S = 30.0
 
 @dataclass(slots=True)
 class Breaker:
-    """Open after some failures in a row, for a time that doubles; then one request is let through to try.
+    """Open after some failures in a row, for a time that doubles; then half-open: one request is let through to try.
 
     Times are of the machine's monotonic clock, in seconds.
     """
 
     failures: int = 0
     rests_until: float = 0.0
-    _is_tried: bool = False
+    has_trial: bool = False
+    """One request is trying the node now."""
 
     @property
     def is_open(self) -> bool:
@@ -25,27 +26,32 @@ class Breaker:
 
     def admits(self, now: float) -> bool:
         """Whether a request may go there."""
-        return now >= self.rests_until and not (self.is_open and self._is_tried)
+        return not self.is_resting(now) and not (self.is_open and self.has_trial)
 
-    def taken(self) -> None:
-        """A request goes there; while the breaker is open it is the one that tries."""
+    def is_resting(self, now: float) -> bool:
+        """Whether it failed a moment ago, or asked to be left alone; the one that tries may go on all the same."""
+        return now < self.rests_until
+
+    def begin(self) -> bool:
+        """A request goes there. True when it is the one that tries: its end is to be told (`end_trial`)."""
+        if not self.failures or not self.is_open or self.has_trial:
+            return False
+        self.has_trial = True
+        return True
+
+    def end_trial(self) -> None:
+        """The request that was to try ended, whatever it told."""
+        self.has_trial = False
+
+    def record_success(self) -> None:
         if self.failures:
-            self._is_tried = self.is_open
+            self.failures, self.rests_until = 0, 0.0
 
-    def succeeded(self) -> None:
-        if self.failures:
-            self.failures, self.rests_until, self._is_tried = 0, 0.0, False
-
-    def failed(self) -> None:
+    def record_failure(self) -> None:
         self.failures += 1
-        self._is_tried = False
         if self.is_open:
             rest_s = _FIRST_REST_S * 2 ** min(self.failures - _FAILURES_IN_A_ROW, 8)
             self.rests_until = time.monotonic() + min(rest_s, _LONGEST_REST_S)
-
-    def untold(self) -> None:
-        """The request that was to try ended without telling anything (its client left)."""
-        self._is_tried = False
 
     def rest(self, seconds: float) -> None:
         """The node itself asked to be left alone for a while: no failure."""

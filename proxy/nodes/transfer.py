@@ -1,47 +1,42 @@
 """Does KV really move? Each decode node's own counters, compared with what was handed over to it.
 
-A miswired transfer fails nothing: the decode node computes every prompt again, and answers. So after some hand-offs
-a decode node must have counted tokens that came by transfer; if it has computed them instead, nothing moves.
+The rule is the engines' (`engines/transfer.py`); here it is fed, a probe at a time.
 """
 
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from engines.base import Role
+from engines.transfer import Transfer
 
-from .fleet import Node, Pool
+from .fleet import Fleet
+from .node import Node
 
 logger = logging.getLogger("pd_proxy.transfer")
 
 Verdict = Literal["unproven", "moving", "not moving"]
 
-_ENOUGH_HAND_OFFS = 3
-_SHARE_COMPUTED = 0.5
-"""Of the tokens handed over. A decode node's own prefix cache takes its share of a prompt without any transfer."""
-
 
 @dataclass(slots=True)
 class _Seen:
-    """A decode node at the last look, and what has happened since KV last arrived there."""
+    """A decode node at the last probe, and what has happened since KV last arrived there."""
 
-    arrived: float
+    transferred: float
     computed: float
     hand_offs: int
     tokens: int
-    computed_since: float = 0
-    hand_offs_since: int = 0
-    tokens_since: int = 0
+    since: Transfer = field(default_factory=Transfer)
     total_arrived: float = 0
     verdict: Verdict = "unproven"
 
 
 class TransferWatch:
-    """Takes in every look at a decode node's counters, and has a verdict on each. No I/O: the prober looks."""
+    """Takes in the counters of decode nodes, and has a verdict on each. No I/O: the prober asks."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
         self._seen: dict[Node, _Seen] = {}
 
     def verdict(self, node: Node) -> Verdict:
@@ -54,39 +49,47 @@ class TransferWatch:
     def forget_all_but(self, nodes: Collection[Node]) -> None:
         self._seen = {node: seen for node, seen in self._seen.items() if node in nodes}
 
-    def look(self, node: Node, hand_offs: int, tokens: int) -> None:
+    def adopt(self, node: Node, verdict: Verdict, arrived: float) -> None:
+        """What another worker of this proxy, which probes for all, found."""
+        seen = self._seen.setdefault(node, _Seen(node.gauges.transferred, node.gauges.computed, *node.all_handed_over))
+        seen.verdict, seen.total_arrived = verdict, arrived
+
+    def observe(self, node: Node, hand_offs: int, tokens: int) -> None:
         """Take in `node.gauges`, given what had been handed over to it before they were read."""
         if node.spec.role is not Role.DECODE:
             return
-        arrived, computed = node.gauges.transferred, node.gauges.computed
+        gauges = node.gauges
         seen = self._seen.get(node)
         if seen is None:
-            self._seen[node] = _Seen(arrived, computed, hand_offs, tokens)
+            self._seen[node] = _Seen(gauges.transferred, gauges.computed, hand_offs, tokens)
             return
         before = seen.verdict
-        _judge(seen, arrived, computed, hand_offs, tokens, must_arrive=not self._pool.connector.is_best_effort)
-        if seen.verdict == "not moving" != before:
+        _add(seen, gauges.transferred, gauges.computed, hand_offs, tokens)
+        if seen.since.is_moving:
+            seen.verdict, seen.since = "moving", Transfer()
+        elif seen.since.is_not_moving and not self._fleet.connector.is_best_effort:
+            seen.verdict = "not moving"
+        if seen.verdict != before:
+            self._tell(node, seen)
+
+    def _tell(self, node: Node, seen: _Seen) -> None:
+        if seen.verdict == "moving":
+            logger.info("KV moves to node %s", node.spec.name)
+        else:
             logger.error(
-                "KV does not move to node %s: of %d prompt tokens handed over none arrived, it computed them itself",
+                "KV does not move to node %s: of %d prompt tokens handed over none arrived, it computed %d itself",
                 node.spec.name,
-                seen.tokens_since,
+                seen.since.prompt_tokens,
+                seen.since.computed,
             )
 
 
-def _judge(  # noqa: PLR0913  a look's figures
-    seen: _Seen, arrived: float, computed: float, hand_offs: int, tokens: int, *, must_arrive: bool
-) -> None:
-    """Take in a look. A counter that went back is one of a new life, and counts from 0."""
-    came = arrived - seen.arrived if arrived >= seen.arrived else arrived
+def _add(seen: _Seen, transferred: float, computed: float, hand_offs: int, tokens: int) -> None:
+    """A counter that went back is one of a new life, and counts from 0."""
+    came = transferred - seen.transferred if transferred >= seen.transferred else transferred
     seen.total_arrived += came
-    if came > 0:
-        seen.verdict = "moving"
-        seen.computed_since, seen.hand_offs_since, seen.tokens_since = 0, 0, 0
-    else:
-        seen.computed_since += computed - seen.computed if computed >= seen.computed else computed
-        seen.hand_offs_since += hand_offs - seen.hand_offs
-        seen.tokens_since += tokens - seen.tokens
-        enough = seen.hand_offs_since >= _ENOUGH_HAND_OFFS
-        if must_arrive and enough and seen.computed_since >= _SHARE_COMPUTED * seen.tokens_since:
-            seen.verdict = "not moving"
-    seen.arrived, seen.computed, seen.hand_offs, seen.tokens = arrived, computed, hand_offs, tokens
+    seen.since.transferred += came
+    seen.since.computed += computed - seen.computed if computed >= seen.computed else computed
+    seen.since.hand_offs += max(0, hand_offs - seen.hand_offs)
+    seen.since.prompt_tokens += max(0, tokens - seen.tokens)
+    seen.transferred, seen.computed, seen.hand_offs, seen.tokens = transferred, computed, hand_offs, tokens

@@ -12,9 +12,9 @@ come and go, whoever decides it.
 import asyncio
 import ipaddress
 import logging
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
@@ -22,16 +22,21 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from engines.base import JSONObject
 from engines.openai.errors import error_body
 from engines.topology import Node, Topology
 
+from ..downstream.asgi import ASGIHandler
+from ..downstream.protocol import SERVICE, ClientProtocol
+from ..downstream.request import ClientRequest
+from ..downstream.service import ConnectionLimits, Handler, Service
 from ..nodes import topology
 from ..nodes.topology import TopologyError
-from .keys import KeyCheck
+from ..settings import ProxySettings
+from .guard import guarded
+from .keys import KeyRing
 
 logger = logging.getLogger("pd_proxy.admin")
 _TRY_TO_LISTEN_EVERY_S = 1.0
@@ -45,9 +50,9 @@ class RefusedError(Exception):
         self.status = status
 
 
-def make_admin_app(file: Path, key: str) -> KeyCheck:
-    """The ASGI application; every route needs the key."""
-    app = FastAPI(title="pd-proxy admin", docs_url=None, redoc_url=None, openapi_url=None)
+def make_admin_handler(file: Path, key: str) -> Handler:
+    """Answers the admin routes; every one needs the key."""
+    app = FastAPI(title="pd-proxy admin", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 
     @app.exception_handler(RefusedError)
     async def refused(_: Request, error: RefusedError) -> Response:
@@ -56,7 +61,7 @@ def make_admin_app(file: Path, key: str) -> KeyCheck:
 
     @app.get("/nodes")
     async def nodes() -> JSONObject:
-        return topology.read(file).model_dump(mode="json")
+        return _read(file).model_dump(mode="json")
 
     @app.put("/nodes/{name}")
     async def put(name: str, request: Request) -> JSONObject:
@@ -85,50 +90,67 @@ def make_admin_app(file: Path, key: str) -> KeyCheck:
     async def undrain(name: str) -> JSONObject:
         return _change(file, lambda known: {**known, name: known[name].model_copy(update={"drain": False})}, name)
 
-    return KeyCheck(app, [key], open_paths=frozenset())
+    return guarded(_audited(ASGIHandler(app)), KeyRing([key], None), open_paths=frozenset())
 
 
-async def serve(host: str, port: int, file: Path, key: str) -> None:
+def _audited(handler: ASGIHandler) -> Handler:
+    """Every change is in the log, with who asked for it."""
+
+    def audited(request: ClientRequest) -> Coroutine[Any, Any, None]:
+        if request.method != b"GET":
+            address = request.connection.client_address
+            logger.info("%s %s from %s", request.method.decode("latin-1"), request.path, address and address[0])
+        return handler(request)
+
+    return audited
+
+
+async def serve(settings: ProxySettings) -> None:
     """Listen until cancelled. Of several workers one has the port; when it dies, another takes it."""
-    config = Config(make_admin_app(file, key), log_config=None, access_log=False, server_header=False, ws="none")
-    config.load()
+    host, port, file, key = settings.admin_host, settings.admin_port, settings.topology_file, settings.admin_key
+    assert port is not None and file is not None and key is not None  # noqa: PT018, S101  asked by whoever calls
+    config = Config("", log_config=None, access_log=False, server_header=False)
+    service = Service({}, make_admin_handler(file, key), ConnectionLimits())
     state = ServerState()
     loop = asyncio.get_running_loop()
+    is_told = False
     while True:
         try:
             server = await loop.create_server(
-                lambda: HttpToolsProtocol(config, state, {}, loop), host, port, reuse_port=False
+                lambda: ClientProtocol(config, state, {SERVICE: service}, loop), host, port, reuse_port=False
             )
-        except OSError:
+        except OSError as exc:
+            if settings.workers == 1 and not is_told:
+                logger.warning("admin cannot listen on %s:%d: %s; it goes on trying", host, port, exc.strerror)
+                is_told = True
             await asyncio.sleep(_TRY_TO_LISTEN_EVERY_S)
             continue
         logger.info("admin listens on http://%s:%d", host, port)
-        async with server:
-            await server.serve_forever()
+        async with server, asyncio.TaskGroup() as group:
+            group.create_task(service.watch())
+            group.create_task(server.serve_forever())
+
+
+def _read(file: Path) -> Topology:
+    """Raises RefusedError when the file is no topology now."""
+    try:
+        return topology.read(file)[0]
+    except TopologyError as exc:
+        raise RefusedError(str(exc), 409) from exc
 
 
 def _change(file: Path, change: Callable[[dict[str, Node]], dict[str, Node]], must_exist: str = "") -> JSONObject:
     """Raises RefusedError when the topology would not be one any more."""
-    try:
-        before = topology.read(file)
-    except TopologyError as exc:
-        raise RefusedError(str(exc), 409) from exc
+    before = _read(file)
     known = {node.name: node for node in before.nodes}
     if must_exist and must_exist not in known:
         raise RefusedError(f"there is no node {must_exist!r}", 404)
     try:
-        after = Topology(connector=before.connector, nodes=tuple(change(known).values()))
+        after = Topology.model_validate(before.model_dump() | {"nodes": tuple(change(known).values())})
     except ValidationError as exc:
         raise RefusedError(_first_of(exc), 400) from exc
-    write(file, after)
+    topology.write(file, after)
     return after.model_dump(mode="json")
-
-
-def write(file: Path, nodes: Topology) -> None:
-    """Whole or not at all: a follower never reads half a file."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(nodes.model_dump_json(indent=1))
-    unfinished.replace(file)
 
 
 async def _check_address(url: str) -> None:

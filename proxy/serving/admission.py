@@ -1,8 +1,9 @@
-"""The door: how many requests are inside, who waits, and who is told to come back later.
+"""Admission: how many requests are inside, who waits, and who is told to come back later.
 
 A request is let in when the proxy has a place and some decode node has room for it *now*: prefill is not spent on a
 prompt whose answer would then wait. Who must wait does so for a bounded time in a bounded queue, in the order of
-priority, and among equals each client key in turn, so that one busy client does not stand before all others.
+priority, and among equals each client in turn, so that one busy client does not stand before all others. All this is
+before a byte of a body is read.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ _COME_BACK_S = 2
 
 
 class Admission:
-    """One process's door. `has_room` tells whether some decode node could begin one more request."""
+    """One process's. `has_room` tells whether some decode node could begin one more request."""
 
     def __init__(self, settings: ProxySettings, has_room: Callable[[], bool]) -> None:
         self._most = settings.max_in_flight
@@ -27,16 +28,25 @@ class Admission:
         self.waiting = 0
         self._queues: dict[int, OrderedDict[Hashable, deque[asyncio.Future[None]]]] = {}
 
-    async def enter(self, key: Hashable, priority: int, timeout_s: float) -> None:
-        """Take a place, to be given back by `leave`. A lower `priority` goes first (as in vLLM).
+    def try_enter(self) -> bool:
+        """Take a place, to be given back by `leave`, if there is one and nobody waits for it.
 
-        Raises OverloadedError when the queue is full, or no place comes free in time.
+        Raises OverloadedError when the queue is full, too.
         """
         if not self.waiting and self._may_enter():
             self.inside += 1
-            return
+            return True
         if self.waiting >= self._most_waiting:
             raise OverloadedError("too many requests are waiting", retry_after_s=_COME_BACK_S)
+        return False
+
+    async def enter(self, key: Hashable, priority: int, timeout_s: float) -> None:
+        """Wait for a place, to be given back by `leave`. A lower `priority` goes first (as in vLLM).
+
+        Raises OverloadedError when the queue is full, or no place comes free in time.
+        """
+        if self.try_enter():
+            return
         place = asyncio.get_running_loop().create_future()
         queue = self._queues.setdefault(priority, OrderedDict()).setdefault(key, deque())
         queue.append(place)

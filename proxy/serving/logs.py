@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Literal
 
-from ..exchange.exchange import Exchange
+from ..exchange.record import Record
 
 logger = logging.getLogger("pd_proxy.requests")
 
@@ -21,22 +21,31 @@ def configure(form: Literal["text", "json"]) -> None:
     logging.raiseExceptions = False
 
 
-def exchange(  # noqa: PLR0913, PLR0917  all that is known of it
-    request_id: str, route: str, status: int, seconds: float, current: Exchange | None, error: str
-) -> None:
-    """One line for one request: what it was, which way it took, how it ended."""
+def request(record: Record, error: str) -> None:
+    """One line for one request: what it was, which way it took, how long each stage was, how it ended."""
     fields = {
-        "request_id": request_id,
-        "route": route,
-        "status": status,
-        "seconds": round(seconds, 4),
-        "path": current.path if current else "none",
-        "reason": current.reason if current else None,
-        "nodes": current.nodes if current else [],
+        "request_id": record.request_id,
+        "route": record.route,
+        "status": record.status,
+        "seconds": round(record.seconds, 4),
+        "path": record.path,
+        "reason": record.reason,
+        "key": record.key_name or None,
+        "nodes": record.nodes,
+        "queue_s": round(record.queue_s, 4) or None,
+        "prefill_s": round(record.prefill_s, 4) or None,
+        "hand_off_s": round(record.hand_off_s, 4) or None,
+        "first_event_s": round(record.first_event_s, 4) or None,
+        "prompt_tokens": record.prompt_tokens or None,
+        "output_tokens": record.output_tokens or None,
+        "transfer_id": record.transfer_id,
+        "failures": record.failures,
+        "retries": record.retries or None,
+        "resumed": record.resumed or None,
         "error": error or None,
     }
     words = " ".join(f"{name}={_word(value)}" for name, value in fields.items() if value not in (None, []))
-    logger.log(logging.WARNING if status >= 500 else logging.INFO, words, extra={"fields": fields})
+    logger.log(logging.WARNING if record.status >= 500 else logging.INFO, words, extra={"fields": fields})
 
 
 def _word(value: object) -> str:

@@ -6,21 +6,31 @@ answers have the grace time, which is uvicorn's part. Each further SIGTERM ends 
 
 import asyncio
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from ..downstream.protocol import ClientProtocol
+from ..downstream.service import Service
+from ..settings import ProxySettings
 
 
 class Shutdown:
     """Stands between SIGTERM and uvicorn, which closes its listener as soon as it hears of it."""
 
-    def __init__(self, delay_s: float) -> None:
-        self._delay_s = delay_s
+    def __init__(self, settings: ProxySettings) -> None:
+        self._delay_s = settings.shutdown_delay_s
+        self._grace_s = settings.shutdown_grace_s
+        self._ends_at: float | None = None
+        self.service: Service | None = None
         self.has_begun = False
         self._is_closed = False
         """The listener is, or is about to be."""
+
+    @property
+    def grace_left_s(self) -> float:
+        """Of the time that running answers have, for what is to be ended after them."""
+        return max(0.0, self._ends_at - time.monotonic()) if self._ends_at is not None else self._grace_s
 
     @contextmanager
     def announced(self) -> Iterator[None]:
@@ -36,15 +46,18 @@ class Shutdown:
 
         def close(number: int, frame: FrameType | None) -> None:
             self._is_closed = True
+            self._ends_at = time.monotonic() + self._grace_s
             stop(number, frame)
 
         def begin(number: int, frame: FrameType | None) -> None:
             if self._is_closed:
-                loop.call_soon_threadsafe(_end_running_answers)
+                loop.call_soon_threadsafe(self._end_running_answers)
             elif self.has_begun or not self._delay_s:
                 close(number, frame)
             else:
-                self.has_begun = ClientProtocol.closing = True
+                self.has_begun = True
+                if self.service is not None:
+                    self.service.is_closing = True
                 loop.call_soon_threadsafe(loop.call_later, self._delay_s, close, number, None)
 
         signal.signal(signal.SIGTERM, begin)
@@ -53,7 +66,7 @@ class Shutdown:
         finally:
             signal.signal(signal.SIGTERM, stop)
 
-
-def _end_running_answers() -> None:
-    for task in {task for connection in ClientProtocol.all for task in connection.tasks}:
-        task.cancel()
+    def _end_running_answers(self) -> None:
+        if self.service is not None:
+            for connection in tuple(self.service.connections):
+                connection.end_running_answer()

@@ -8,16 +8,16 @@ busy connections a few times a second instead, so a deadline is kept within `_TI
 """
 
 import asyncio
-import re
 import time
 from collections.abc import Callable, Iterable, Sequence
+from enum import Enum, auto
 from typing import Final, Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
 
 from ..errors import ClientStalledError, NodeBrokeOffError, NodeError, NodeTimeoutError, NodeUnreachableError
-from ..nodes.fleet import Node, Pool
+from .deadline import Deadline
 
 _HIGH_WATER: Final = 256 * 1024
 _MOST_HEADER_BYTES: Final = 64 * 1024
@@ -25,28 +25,8 @@ _KEEP_IDLE_S: Final = 4.0
 """vLLM closes an idle connection after 5 s unless told otherwise; a request must not meet that close."""
 
 _TICK_S: Final = 0.25
-_FRAME = re.compile(rb"([1-9a-fA-F][0-9a-fA-F]{0,6})\r\n")
 
 Headers = list[tuple[bytes, bytes]]
-
-
-class Deadline:
-    """When waiting for a node ends, and what it will not have done by then ("answer", "finish its prefill")."""
-
-    __slots__ = ("at", "seconds", "what")
-
-    def __init__(self, seconds: float, what: str) -> None:
-        self.at = time.monotonic() + seconds
-        self.seconds = seconds
-        self.what = what
-
-    @property
-    def left_s(self) -> float:
-        return self.at - time.monotonic()
-
-    def within(self, seconds: float) -> None:
-        """Bring it forward, under the feet of whoever waits."""
-        self.at = min(self.at, time.monotonic() + seconds)
 
 
 class NodeClient:
@@ -73,24 +53,28 @@ class NodeClient:
         deadline: Deadline,
         on_sent: Callable[[], None] = lambda: None,
     ) -> "Answer":
-        """Send a request and wait for the answer's head. `on_sent` is called once the node may have it.
+        """Send a request, once, and wait for the answer's head. `on_sent` is called when the node may have it.
 
         `deadline` holds for the head and for the body, until a reader of the body gives another. Raises NodeError
-        when the node cannot be reached, is late, breaks off or does not speak HTTP. A kept connection that the node
-        closes before the first byte of an answer is an idle one it had given up: sent again once, on a new connection
-        (RFC 9112 §9.3.1).
+        when the node cannot be reached, is late, breaks off or does not speak HTTP. Nothing is sent again here, not
+        even when the node closes a kept connection without an answer: it may have the request (RFC 9110 §9.2.2).
         """
-        message = self._head(method, path, headers, len(body)), body
-        while True:
-            connection = self._kept()
-            fresh = connection is None
-            if connection is None:
-                connection = await self._connect()
-            try:
-                return await connection.send(message, deadline, on_sent)
-            except _ClosedBeforeAnswerError as exc:
-                if fresh:
-                    raise NodeError(f"node {self._name} closed the connection without an answer") from exc
+        connection = self._kept() or await self._connect()
+        return await connection.send((self._head(method, path, headers, len(body)), body), deadline, on_sent)
+
+    async def get(self, path: bytes, headers: Iterable[tuple[bytes, bytes]], deadline: Deadline) -> "Answer":
+        """A request without effect: of a kept connection that the node closes without an answer it is asked again.
+
+        Raises NodeError.
+        """
+        was_kept = bool(self._idle)
+        try:
+            return await self.request(b"GET", path, headers, b"", deadline=deadline)
+        except NodeClosedError:
+            if not was_kept:
+                raise
+        self._drop_idle()
+        return await self.request(b"GET", path, headers, b"", deadline=deadline)
 
     def close(self) -> None:
         """Drop every connection, those in use included."""
@@ -110,13 +94,18 @@ class NodeClient:
         return b"".join(lines)
 
     def _kept(self) -> "_Connection | None":
+        """A connection that is still open, as far as anybody knows here."""
         oldest = time.monotonic() - _KEEP_IDLE_S
         while self._idle:
             connection = self._idle.pop()
-            if connection.idle_since > oldest:
+            if connection.idle_since > oldest and not connection.is_closing:
                 return connection
             connection.abort()
         return None
+
+    def _drop_idle(self) -> None:
+        while self._idle:
+            self._idle.pop().abort()
 
     async def _connect(self) -> "_Connection":
         loop = asyncio.get_running_loop()
@@ -157,32 +146,6 @@ class NodeClient:
     @property
     def name(self) -> str:
         return self._name
-
-
-class NodeClients:
-    """The HTTP client of each node, made when first needed and closed when its node has gone."""
-
-    def __init__(self, pool: Pool, connect_timeout_s: float) -> None:
-        self._pool = pool
-        self._connect_timeout_s = connect_timeout_s
-        self._clients: dict[Node, NodeClient] = {}
-
-    def of(self, node: Node) -> NodeClient:
-        client = self._clients.get(node)
-        if client is None:
-            self._forget_the_gone()
-            client = NodeClient(node.spec.name, node.spec.url, self._connect_timeout_s)
-            self._clients[node] = client
-        return client
-
-    def close(self) -> None:
-        for client in self._clients.values():
-            client.close()
-
-    def _forget_the_gone(self) -> None:
-        for node in self._clients.keys() - set(self._pool):
-            if not node.in_flight:
-                self._clients.pop(node).close()
 
 
 class Answer:
@@ -296,8 +259,18 @@ class SinkWrite(Protocol):
     def __call__(self, pieces: Sequence[bytes], /, *, ended: bool) -> Exception | None: ...
 
 
-class _ClosedBeforeAnswerError(Exception):
+class NodeClosedError(NodeError):
     """The node closed the connection before the first byte of an answer."""
+
+
+class _State(Enum):
+    IDLE = auto()
+    WAITING = auto()
+    """The request is written, and nothing of an answer has come."""
+    IN_HEAD = auto()
+    IN_BODY = auto()
+    COMPLETE = auto()
+    """The answer has come whole; it may not have been read."""
 
 
 class _Connection(asyncio.Protocol):
@@ -312,17 +285,17 @@ class _Connection(asyncio.Protocol):
         self.idle_since = time.monotonic()
         self._waiter: asyncio.Future[None] | None = None
         self._reading = True
-        self._busy = False
+        self._state = _State.IDLE
         self._reset()
+
+    def __repr__(self) -> str:
+        return f"<connection to {self._client.name}: {self._state.name.lower()}>"
 
     def _reset(self) -> None:
         self._headers: Headers = []
         self._header_bytes = 0
         self._status = 0
-        self._answering = False
-        self._has_head = False
         self._has_length = False
-        self._complete = False
         self._keep_alive = False
         self._error: Exception | None = None
         self._chunks: list[bytes] = []
@@ -336,33 +309,32 @@ class _Connection(asyncio.Protocol):
     # -- what NodeClient and Answer call
 
     async def send(self, message: Iterable[bytes], deadline: Deadline, on_sent: Callable[[], None]) -> Answer:
+        """Write the request, once; the answer when its head is here. Raises NodeError."""
         assert self._transport is not None  # noqa: S101  made by create_connection
-        if self._transport.is_closing():
-            raise _ClosedBeforeAnswerError
         self._reset()
-        self._busy = True
+        self._state = _State.WAITING
         self.deadline = deadline
         try:
             self._transport.writelines(message)
             on_sent()
-            while not self._has_head and self._error is None:
-                await self._something_new()
+            while self._status < 200 and self._error is None:
+                await self._wait_for_bytes()
         except BaseException:
             self.abort()
             raise
-        if not self._has_head and self._error is not None:
+        if self._status < 200 and self._error is not None:
             self.abort()
             raise self._error
         return Answer(self, self._status, self._headers)
 
     async def read(self) -> bytes:
         while not self._chunks:
-            if self._complete:
+            if self._state is _State.COMPLETE:
                 self._finish()
                 return b""
             if self._error is not None:
                 raise self._error
-            await self._something_new()
+            await self._wait_for_bytes()
         data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
         self._buffered = 0
@@ -377,17 +349,17 @@ class _Connection(asyncio.Protocol):
         self._heard_at = time.monotonic()
         self._deliver()
         try:
-            while not self._complete and self._error is None:
-                await self._something_new()
+            while self._state is not _State.COMPLETE and self._error is None:
+                await self._wait_for_bytes()
         finally:
             self._sink = self._frames = None
-        if not self._complete and self._error is not None:
+        if self._state is not _State.COMPLETE and self._error is not None:
             raise self._error
         self._finish()
 
     def look(self, now: float) -> None:
         """Is it late, silent, or idle for too long?"""
-        if not self._busy:
+        if self._state is _State.IDLE:
             if now - self.idle_since > _KEEP_IDLE_S:
                 self.abort()
             return
@@ -399,7 +371,8 @@ class _Connection(asyncio.Protocol):
             elif not self._reading and now - self._heard_at > self._sink.stall_s:
                 self._give_up(ClientStalledError(f"the client took nothing for {self._sink.stall_s:g} s"))
         if now > self.deadline.at:
-            self._give_up(NodeTimeoutError(f"{self._node} did not {self.deadline.what} in {self.deadline.seconds:g} s"))
+            message = f"{self._node} did not {self.deadline.what} in {self.deadline.seconds:g} s"
+            self._give_up(NodeTimeoutError(message, may_be_retried=not self.deadline.is_everybodys))
 
     def pause(self) -> None:
         if self._reading and self._transport is not None and not self._transport.is_closing():
@@ -411,6 +384,14 @@ class _Connection(asyncio.Protocol):
             self._reading = self._heard = True  # the silence until now was ours
             self._transport.resume_reading()
 
+    @property
+    def _is_over(self) -> bool:
+        return self._state is _State.COMPLETE or self._error is not None
+
+    @property
+    def is_closing(self) -> bool:
+        return self._transport is None or self._transport.is_closing()
+
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
@@ -419,7 +400,6 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
-        self._busy = False
         self._client._opened(self)  # noqa: SLF001  the two classes are one unit
 
     def data_received(self, data: bytes) -> None:
@@ -430,7 +410,7 @@ class _Connection(asyncio.Protocol):
                 pass_on(passed)
                 self._heard = True  # the parser stands between two chunks, before and after
                 return
-        if not self._busy or self._complete:
+        if self._state in (_State.IDLE, _State.COMPLETE):
             self._fail(NodeBrokeOffError(f"{self._node} sent bytes nobody asked for"))
             self.abort()
             return
@@ -443,7 +423,7 @@ class _Connection(asyncio.Protocol):
         self._between_chunks = self._between_chunks and data.endswith(b"\r\n")
         if self._sink is not None:
             self._deliver()
-            if not self._complete and self._error is None:
+            if not self._is_over:
                 return
         elif self._buffered > _HIGH_WATER:
             self.pause()
@@ -451,22 +431,22 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._client._lost(self)  # noqa: SLF001
-        if self._has_head and not self._has_length and exc is None:
-            self._complete = True  # a body without a length ends with the connection
+        if self._state is _State.IN_BODY and not self._has_length and exc is None:
+            self._state = _State.COMPLETE  # a body without a length ends with the connection
             if self._sink is not None:
                 self._deliver()
-        elif not self._complete:
+        elif self._state is not _State.COMPLETE:
             self._fail(self._broke_off())
         self._wake()
 
     # -- what httptools calls
 
     def on_message_begin(self) -> None:
-        if self._complete:
+        if self._state is _State.COMPLETE:
             raise ValueError("a second answer to one request")
 
     def on_status(self, _reason: bytes) -> None:
-        self._answering = True
+        self._state = _State.IN_HEAD
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._header_bytes += len(name) + len(value)
@@ -478,13 +458,17 @@ class _Connection(asyncio.Protocol):
         self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        status = self._status = self._parser.get_status_code()
+        status = self._parser.get_status_code()
         if status < 200:
             self._headers, self._header_bytes = [], 0  # 100, 102, 103: the answer is still to come
+            self._state = _State.WAITING
             return
+        if status > 599:
+            raise ValueError("no status of HTTP")
+        self._status = status
         if status in (204, 304):
             self._has_length = True
-        self._has_head = True
+        self._state = _State.IN_BODY
         self._keep_alive = self._parser.should_keep_alive()  # the parser forgets with the end of the message
 
     def on_chunk_header(self) -> None:
@@ -498,8 +482,8 @@ class _Connection(asyncio.Protocol):
         self._buffered += len(data)
 
     def on_message_complete(self) -> None:
-        if self._has_head:
-            self._complete = True
+        if self._state is _State.IN_BODY:
+            self._state = _State.COMPLETE
 
     # -- inside
 
@@ -507,15 +491,16 @@ class _Connection(asyncio.Protocol):
         """To the sink with what has come."""
         assert self._sink is not None  # noqa: S101  asked by the callers
         self._heard = True
-        if self._chunks or self._complete:
+        ended = self._state is _State.COMPLETE
+        if self._chunks or ended:
             pieces = tuple(self._chunks)
             self._chunks.clear()
             self._buffered = 0
-            error = self._sink.write(pieces, ended=self._complete)
+            error = self._sink.write(pieces, ended=ended)
             if error is not None:
-                self._complete = False  # for us it is not
+                self._state = _State.IN_BODY  # for us it is not complete
                 self._give_up(error)
-        healthy = not self._complete and self._error is None
+        healthy = not ended and self._error is None
         self._frames = self._sink.frames if self._between_chunks and healthy else None
 
     def _give_up(self, error: Exception) -> None:
@@ -523,7 +508,7 @@ class _Connection(asyncio.Protocol):
         self.abort()
         self._wake()
 
-    async def _something_new(self) -> None:
+    async def _wait_for_bytes(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             await self._waiter
@@ -536,7 +521,7 @@ class _Connection(asyncio.Protocol):
 
     def _finish(self) -> None:
         """The answer is read to its end: keep the connection if both sides may."""
-        self._busy = False
+        self._state = _State.IDLE
         self.resume()  # its last reader may have gone while it was stopped
         assert self._transport is not None  # noqa: S101  an answer came over it
         if self._keep_alive and self._error is None and not self._transport.is_closing():
@@ -554,30 +539,14 @@ class _Connection(asyncio.Protocol):
         return f"node {self._client.name}"
 
     def _not_http(self, exc: Exception) -> NodeError:
-        kind = NodeBrokeOffError if self._has_head else NodeError
+        kind = NodeBrokeOffError if self._state is _State.IN_BODY else NodeError
         error = kind(f"{self._node} sent something that is not HTTP/1.1")
         error.__cause__ = exc
         return error
 
-    def _broke_off(self) -> Exception:
-        if self._has_head:
+    def _broke_off(self) -> NodeError:
+        if self._state is _State.IN_BODY:
             return NodeBrokeOffError(f"{self._node} closed the connection in the middle of its answer")
-        if self._answering:
+        if self._state is _State.IN_HEAD:
             return NodeError(f"{self._node} closed the connection in the middle of its answer's head")
-        return _ClosedBeforeAnswerError()
-
-
-def are_whole_frames(data: bytes) -> bool:
-    """Nothing but whole chunks in chunked coding, none of them the last: passed on as they are, they stay right.
-
-    Strict on purpose (no extensions, no leading zeros): what it does not know, the parser judges.
-    """
-    start, length = 0, len(data)
-    while start < length:
-        head = _FRAME.match(data, start)
-        if head is None:
-            return False
-        start = head.end() + int(head[1], 16) + 2
-        if data[start - 2 : start] != b"\r\n":
-            return False
-    return start == length
+        return NodeClosedError(f"{self._node} closed the connection without an answer")

@@ -128,7 +128,7 @@ def test_what_cannot_be_handed_off_goes_to_one_node_and_says_so(
         c["text"] for c in completion(decode.url, **fields).json()["choices"]
     ]
     assert len(prefill.received()) == seen
-    assert decode.received()[-2]["body"]["kv_transfer_params"] is None
+    assert "kv_transfer_params" not in decode.received()[-2]["body"]
 
 
 @pytest.mark.parametrize(
@@ -325,11 +325,11 @@ def test_the_models_are_the_nodes_models(proxy: Proxy) -> None:
 
 
 def test_metrics_count_requests_and_hand_offs_by_what_became_of_them(proxy: Proxy) -> None:
-    used = proxy.metric("pd_hand_offs_total", outcome="used")
+    used = proxy.metric("pd_hand_offs_total", outcome="taken")
     tokens = proxy.metric("pd_hand_off_prompt_tokens_total")
     ok = proxy.metric("pd_requests_total", route="/v1/completions", path="disaggregated", status="200")
     answer = completion(proxy.url)
-    assert proxy.metric("pd_hand_offs_total", outcome="used") == used + 1
+    assert proxy.metric("pd_hand_offs_total", outcome="taken") == used + 1
     assert proxy.metric("pd_hand_off_prompt_tokens_total") == tokens + answer.json()["usage"]["prompt_tokens"]
     assert proxy.metric("pd_requests_total", route="/v1/completions", path="disaggregated", status="200") == ok + 1
     assert proxy.metric("pd_node_in_flight") == 0

@@ -225,7 +225,7 @@ def test_what_can_be_continued(route: Any, body: dict[str, Any], can: bool) -> N
 def test_the_rest_is_asked_for_by_token_ids() -> None:
     body = {"model": "m", "messages": [{}], "max_completion_tokens": 9, "min_tokens": 4, "seed": 3, "stream": True,
             "chat_template_kwargs": {}, "truncate_prompt_tokens": 1, "logprobs": False}  # fmt: skip
-    rest = continuation_body(body, [1, 2], [3, 4, 5], 100)
+    rest = continuation_body(CHAT, body, [1, 2], [3, 4, 5], 100)
     assert rest == {
         "model": "m", "seed": 3, "stream": True, "prompt": [1, 2, 3, 4, 5], "max_tokens": 6, "min_tokens": 1,
     }  # fmt: skip
@@ -241,19 +241,20 @@ def test_the_rest_is_asked_for_by_token_ids() -> None:
     ],
 )
 def test_the_limit_counts_what_was_sent(body: dict[str, Any], sent: int, left: int | None) -> None:
-    rest = continuation_body(body, [1, 2], [7] * sent, 100)
+    route = CHAT if "messages" in body else COMPLETIONS
+    rest = continuation_body(route, body, [1, 2], [7] * sent, 100)
     assert (rest and rest["max_tokens"]) == left
 
 
 def test_without_any_limit_there_is_no_continuation() -> None:
     with pytest.raises(ValueError, match="how long"):
-        continuation_body({"messages": []}, [1], [2], None)
+        continuation_body(CHAT, {"messages": []}, [1], [2], None)
 
 
 def test_a_continuation_speaks_in_the_name_of_the_stream_it_continues() -> None:
-    head = b'data: {"id":"chatcmpl-9","object":"chat.completion.chunk","created":7,"model":"m","choices":[]}'
+    head = b'{"id":"chatcmpl-9","object":"chat.completion.chunk","created":7,"model":"m","choices":[]}'
     body = {"messages": [], "stream_options": {"include_usage": True}}
-    joint = Joint(body, head, {"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 2}}, sent=3)
+    joint = Joint(CHAT, body, head, {"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 2}}, sent=3)
     usage = b'data: {"id":"x","choices":[],"usage":{"prompt_tokens":8,"completion_tokens":2,"total_tokens":10}}\n\n'
     made = joint.joined(event("b", [9], "length") + usage + b"data: [DONE]\n\n").decode()
     text, counted, done, _ = made.split("\n\n")
@@ -264,3 +265,20 @@ def test_a_continuation_speaks_in_the_name_of_the_stream_it_continues() -> None:
         "prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 2}, "completion_tokens": 5, "total_tokens": 10,
     }  # fmt: skip
     assert done == "data: [DONE]"
+
+
+@given(st.sets(st.integers(1, 200)), st.booleans())
+def test_line_ends_of_two_bytes_and_keep_alives_change_nothing(cuts: set[int], crlf: bool) -> None:
+    whole = b": keep-alive\n\n" + STREAM[0] + b": keep-alive\n\n" + STREAM[1] + b"data: [DONE]\n\n"
+    if crlf:
+        whole = whole.replace(b"\n", b"\r\n")
+    sent = SentTokens(hide=True)
+    edges = [0, *sorted(cut for cut in cuts if cut < len(whole)), len(whole)]
+    seen = b"".join(sent.feed(whole[a:b]) for a, b in pairwise(edges))
+    assert sent.token_ids() == [10, 11, 12]
+    assert sent.is_done
+    assert sent.can_go_on is False or sent.tokens == 2
+    assert seen.count(b"data: ") == 3
+    assert json.loads(sent.first_event)["choices"][0]["text"] == "a"
+    joint = Joint(COMPLETIONS, {}, sent.first_event, {"prompt_tokens": 1}, 1)
+    assert joint.joined(seen).count(b"data: ") == 3

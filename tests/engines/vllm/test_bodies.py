@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.base import PrefillRefusedError
+from engines.base import Prefilled, PrefillRefusedError
+from engines.openai.request import Asked, asked
 from engines.openai.routes import CHAT, COMPLETIONS, HANDED_OFF, MESSAGES, RESPONSES, Route
 from engines.vllm import bodies
 
@@ -30,12 +31,17 @@ def orjson_dumps(value: Any) -> bytes:
 
 routes = st.sampled_from(list(HANDED_OFF.values()))
 HAND_OFF = {"transfer_id": "t"}
-PREFILLED = bodies.Prefilled({}, prompt_tokens=1, cached_tokens=0)
+PREFILLED = Prefilled({}, prompt_tokens=1, cached_tokens=0)
+
+
+def wanted(body: dict[str, Any], route: Route = COMPLETIONS) -> Asked:
+    return asked(route.path, orjson_dumps(body))
 
 
 @given(routes, json_objects)
 def test_no_body_carries_a_clients_transfer_keys_to_a_node(route: Route, body: dict[str, Any]) -> None:
-    clean = bodies.checked_body(body)
+    body.pop("kv_transfer_params", None)
+    clean = wanted(body | {"kv_transfer_params": {"do_remote_prefill": True, "transfer_id": "mine"}}, route)
     prefill = bodies.prefill_body(route, clean, HAND_OFF)
     decode = bodies.decode_body(route, clean, HAND_OFF, PREFILLED, stream=True)
     assert prefill["kv_transfer_params"] == HAND_OFF
@@ -43,36 +49,46 @@ def test_no_body_carries_a_clients_transfer_keys_to_a_node(route: Route, body: d
     assert "ec_transfer_params" not in prefill.keys() | decode.keys()
 
 
+def test_a_prompt_that_the_client_tokenized_reaches_both_legs() -> None:
+    """The one transfer key that vLLM documents for clients (renderers/online_renderer.py)."""
+    given = wanted({"messages": [], "kv_transfer_params": {"prompt_token_ids": [1, 2], "transfer_id": "mine"}}, CHAT)
+    assert bodies.prefill_body(CHAT, given, HAND_OFF)["kv_transfer_params"] == {"prompt_token_ids": [1, 2]} | HAND_OFF
+    leg = bodies.decode_body(CHAT, given, HAND_OFF, Prefilled({}, 2, None, b"[1,2]"), stream=True)
+    assert orjson.loads(orjson.dumps(leg))["kv_transfer_params"] == {"prompt_token_ids": [1, 2]} | HAND_OFF
+    assert given.body["kv_transfer_params"] == {"prompt_token_ids": [1, 2]}
+
+
 @given(routes, json_objects)
 def test_the_prefill_leg_always_makes_one_token_and_can_end_only_by_length(route: Route, body: dict[str, Any]) -> None:
-    leg = bodies.prefill_body(route, bodies.checked_body(body), HAND_OFF)
+    leg = bodies.prefill_body(route, wanted(body, route), HAND_OFF)
     assert leg.items() >= route.one_token.items()
     assert leg["stream"] is False
-    assert not {"stop", "stop_token_ids", "stream_options", "logprobs"} & leg.keys()
+    assert not {"stop", "stop_token_ids", "stream_options", "logprobs", "logprob_token_ids"} & leg.keys()
 
 
 @pytest.mark.parametrize("route", [COMPLETIONS, CHAT])
 def test_where_it_can_the_prefill_leg_masks_eos_and_stop_ids(route: Route) -> None:
-    leg = bodies.prefill_body(route, {"min_tokens": 9, "max_tokens": 50, "stop_token_ids": [1]}, HAND_OFF)
+    leg = bodies.prefill_body(
+        route, wanted({"min_tokens": 9, "max_tokens": 50, "stop_token_ids": [1]}, route), HAND_OFF
+    )
     assert (leg["min_tokens"], leg["max_tokens"], leg["n"]) == (1, 1, 1)
 
 
 @given(routes, json_objects)
 def test_the_decode_leg_is_the_clients_body_and_the_hand_off(route: Route, body: dict[str, Any]) -> None:
-    clean = bodies.checked_body(body) | {"stream": True}
-    leg = bodies.decode_body(route, clean, HAND_OFF, bodies.Prefilled({}, 1), stream=True)
-    assert {key: value for key, value in leg.items() if key != "kv_transfer_params"} == clean
+    clean = wanted(body | {"stream": True, "kv_transfer_params": None}, route)
+    leg = bodies.decode_body(route, clean, HAND_OFF, Prefilled({}, 1), stream=True)
+    assert {key: value for key, value in leg.items() if key != "kv_transfer_params"} == clean.body
 
 
 @given(routes, json_objects)
 def test_no_function_changes_the_body_it_is_given(route: Route, body: dict[str, Any]) -> None:
-    before = dict(body)
-    bodies.checked_body(body)
-    bodies.prefill_body(route, body, HAND_OFF)
-    bodies.decode_body(route, body, HAND_OFF, PREFILLED, stream=True)
-    bodies.release_body(body, HAND_OFF)
-    bodies.aggregated_reason(body)
-    assert body == before
+    clean = wanted(body, route)
+    before = orjson_dumps(clean.body)
+    bodies.prefill_body(route, clean, HAND_OFF)
+    bodies.decode_body(route, clean, HAND_OFF, PREFILLED, stream=True)
+    bodies.release_body("m", HAND_OFF)
+    assert orjson_dumps(clean.body) == before
 
 
 def test_what_changes_the_rendered_prompt_stays_on_the_prefill_leg() -> None:
@@ -85,44 +101,7 @@ def test_what_changes_the_rendered_prompt_stays_on_the_prefill_leg() -> None:
         "add_generation_prompt": False,
         "cache_salt": "s",
     }
-    assert bodies.prefill_body(CHAT, body, HAND_OFF).items() >= body.items()
-
-
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        ({"prompt": "x"}, None),
-        ({"prompt": [1, 2, 3]}, None),
-        ({"messages": [], "n": 1, "max_tokens": 5}, None),
-        ({"prompt": "x", "n": None, "prompt_logprobs": None}, None),
-        ({"prompt": "x", "echo": True}, None),
-        ({"prompt": "x", "n": 2}, "many-choices"),
-        ({"prompt": "x", "best_of": 4}, "many-choices"),
-        ({"prompt": ["x", "y"]}, "prompt-list"),
-        ({"prompt": ["x"]}, "prompt-list"),
-        ({"prompt": [[1, 2], [3]]}, "prompt-list"),
-        ({"prompt": "x", "use_beam_search": True}, "beam-search"),
-        ({"prompt_embeds": "AAAA"}, "prompt-embeds"),
-        ({"prompt": "x", "prompt_logprobs": 1}, "prompt-logprobs"),
-        ({"prompt": "x", "echo": True, "logprobs": 0}, "prompt-logprobs"),
-        ({"prompt": "x", "max_tokens": 0}, "no-output"),
-        ({"messages": [], "max_completion_tokens": 0}, "no-output"),
-        ({"input": "x", "previous_response_id": "r"}, "stored-response"),
-        ({"input": "x", "background": True}, "stored-response"),
-        ({"prompt": "x", "stream_options": {"include_usage": True}}, "refused"),
-        ({"prompt": "x", "stream": True, "stream_options": {"include_usage": True}}, None),
-    ],
-)
-def test_a_hand_off_is_made_only_for_one_sequence_that_the_engine_can_load(
-    body: dict[str, Any], reason: str | None
-) -> None:
-    assert bodies.aggregated_reason(body) == reason
-
-
-@pytest.mark.parametrize("parsed", [[1], "text", 5, 5.0, None, True])
-def test_a_body_that_is_no_object_is_refused(parsed: object) -> None:
-    with pytest.raises(bodies.InvalidBodyError, match="must be a JSON object"):
-        bodies.checked_body(parsed)
+    assert bodies.prefill_body(CHAT, wanted(body, CHAT), HAND_OFF).items() >= body.items()
 
 
 def answer(**choice: Any) -> bytes:
@@ -184,14 +163,16 @@ def test_the_prompts_token_ids_are_cut_out_of_the_answer_as_they_stand(ids: list
 
 def test_the_decode_leg_gets_the_prefill_nodes_own_token_ids() -> None:
     held = bodies.prefilled(COMPLETIONS, answer(finish_reason="length", prompt_token_ids=[1, 2]))
-    completion = orjson.loads(orjson.dumps(bodies.decode_body(COMPLETIONS, {"prompt": "x"}, {}, held, stream=False)))
+    completion = orjson.loads(
+        orjson.dumps(bodies.decode_body(COMPLETIONS, wanted({"prompt": "x"}), {}, held, stream=False))
+    )
     assert completion["prompt"] == [1, 2]
-    chat = orjson.loads(orjson.dumps(bodies.decode_body(CHAT, {"messages": []}, {}, held, stream=False)))
+    chat = orjson.loads(orjson.dumps(bodies.decode_body(CHAT, wanted({"messages": []}, CHAT), {}, held, stream=False)))
     assert chat["kv_transfer_params"]["prompt_token_ids"] == [1, 2]
 
 
 @pytest.mark.parametrize(
-    ("route", "body", "asked"),
+    ("route", "body", "are_asked"),
     [
         (COMPLETIONS, {"prompt": "x"}, True),
         (COMPLETIONS, {"prompt": "x", "echo": True}, None),
@@ -201,32 +182,15 @@ def test_the_decode_leg_gets_the_prefill_nodes_own_token_ids() -> None:
         (RESPONSES, {"input": "x"}, None),
     ],
 )
-def test_ids_are_asked_for_where_the_decode_node_may_take_them(route: Route, body: Any, asked: bool | None) -> None:
-    assert bodies.prefill_body(route, body, HAND_OFF).get("return_token_ids") is asked
+def test_ids_are_asked_for_where_the_decode_node_may_take_them(route: Route, body: Any, are_asked: bool | None) -> None:
+    assert bodies.prefill_body(route, wanted(body, route), HAND_OFF).get("return_token_ids") is are_asked
 
 
 def test_a_whole_answer_is_asked_for_as_a_stream_with_its_usage() -> None:
-    leg = bodies.decode_body(CHAT, {"messages": []}, HAND_OFF, PREFILLED, stream=True)
+    leg = bodies.decode_body(CHAT, wanted({"messages": []}, CHAT), HAND_OFF, PREFILLED, stream=True)
     assert (leg["stream"], leg["stream_options"]) == (True, {"include_usage": True})
-    own = bodies.decode_body(CHAT, {"stream": True, "stream_options": None}, HAND_OFF, PREFILLED, stream=True)
+    own = bodies.decode_body(CHAT, wanted({"stream": True, "stream_options": None}), HAND_OFF, PREFILLED, stream=True)
     assert own["stream_options"] is None
-
-
-@pytest.mark.parametrize(
-    ("body", "tokens"),
-    [
-        ({"prompt": "x" * 400}, 100),
-        ({"prompt": [1] * 70}, 70),
-        ({"messages": [{"role": "user", "content": "x" * 400}]}, 101),
-        ({"messages": [{"content": [{"type": "text", "text": "x" * 40}]}]}, 11),
-        ({"input": "x" * 40}, 10),
-        ({}, 0),
-    ],
-)
-def test_a_prompts_length_is_estimated_without_a_tokenizer(body: dict[str, Any], tokens: int) -> None:
-    assert bodies.estimated_tokens(body) == tokens
-    assert bodies.aggregated_reason(body, tokens) is None
-    assert bodies.aggregated_reason(body, tokens + 1) == "short-prompt"
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.gate import Gate
 from tests.processes import MODEL, Proxy, Sim, http, proxy_in_front_of, sim_node, wait_until
 
 PROMPT = "the quick brown fox jumps over the lazy dog"
@@ -32,31 +35,122 @@ def text(answer: httpx.Response) -> str:
 
 @pytest.mark.parametrize(
     ("fault", "status"),
-    [
-        ({"fault": "status", "status": 503}, 503),
-        ({"fault": "status", "status": 401}, 502),
-        ({"fault": "drop", "times": 2}, 200),
-    ],
-    ids=["full", "its key", "its connection"],
+    [({"fault": "status", "status": 503}, 503), ({"fault": "status", "status": 401}, 502)],
+    ids=["full", "its key"],
 )
 def test_a_hand_off_that_its_decode_node_never_took_is_released(
     prefill: Sim, decode: Sim, proxy: Proxy, fault: dict[str, Any], status: int
 ) -> None:
     done = proxy.metric("pd_releases_total", outcome="done")
-    decode.control(**({"times": 1} | fault))  # a kept connection that drops is tried again once
-    assert ask(proxy.url).status_code == status  # a connection that drops is tried again, with a new hand-off
+    decode.control(**({"times": 1} | fault))
+    assert ask(proxy.url).status_code == status
     wait_until(lambda: proxy.metric("pd_releases_total", outcome="done") == done + 1, "the release")
     assert prefill.kv_usage() == 0
     assert ask(proxy.url).is_success
+
+
+def test_a_hand_off_that_its_decode_node_may_have_taken_is_not_released_and_expires(
+    prefill: Sim, decode: Sim, proxy: Proxy
+) -> None:
+    """A second pull for one that is gone would keep one of the prefill node's sender tasks for the whole timeout."""
+    unknown = proxy.metric("pd_hand_offs_total", outcome="unknown")
+    released, expired = proxy.metric("pd_releases_total"), prefill.state()["expired"]
+    decode.control(fault="drop", times=1)
+    assert ask(proxy.url).is_success  # tried again, with a new hand-off
+    assert proxy.metric("pd_hand_offs_total", outcome="unknown") == unknown + 1
+    wait_until(lambda: prefill.state()["expired"] == expired + 1, "the KV to expire")
+    assert proxy.metric("pd_releases_total") == released
+    assert prefill.state()["waiting_pulls"] == 0
+
+
+def test_a_leg_is_sent_once_whatever_becomes_of_its_connection() -> None:
+    """Twenty kept connections, all closed by the node when a request is read: that is one prefill, and one retry."""
+    with (
+        sim_node("prefill", timeout_s=3) as prefill,
+        sim_node("decode") as decode,
+        proxy_in_front_of(prefill, decode) as proxy,
+    ):
+        prefill.control(ttft_s=0.3)
+        with ThreadPoolExecutor(20) as clients:
+            assert all(answer.is_success for answer in clients.map(lambda _: ask(proxy.url), range(20)))
+        seen = len(prefill.received())
+        prefill.control(fault="drop", ttft_s=0)
+        assert ask(proxy.url).status_code in (200, 502)
+        ids = [entry["body"]["kv_transfer_params"]["transfer_id"] for entry in prefill.received()[seen:]]
+        assert len(ids) == len(set(ids)) <= 3
+        assert prefill.state()["leaked_blocks"] == 0
+
+
+def test_a_connection_lost_between_a_prefills_end_and_its_answer_leaks_nothing() -> None:
+    with sim_node("prefill", timeout_s=3) as prefill, sim_node("decode") as decode:
+        gate = Gate(prefill.url)
+        with proxy_in_front_of(replace(prefill, url=gate.url), decode) as proxy:
+            assert ask(proxy.url).is_success  # one kept connection
+            gate.shut("answer", "/v1/completions")
+            with ThreadPoolExecutor(1) as client:
+                answer = client.submit(ask, proxy.url)
+                wait_until(gate.holds.is_set, "the prefill node's answer")
+                gate.drop()
+                assert answer.result().is_success
+            ids = [entry["body"]["kv_transfer_params"]["transfer_id"] for entry in prefill.received()]
+            assert len(ids) == len(set(ids)) == 2  # tried again where no prefill node is left to fail
+            assert proxy.metric("pd_retries_total") == 1
+            prefill.until_free()
+            assert prefill.state()["leaked_blocks"] == 0
+        gate.close()
+
+
+def test_short_deadlines_of_clients_take_no_sender_task(prefill: Sim, decode: Sim, proxy: Proxy) -> None:
+    """The client hears 504 at its deadline; the leg that cannot be cut ends behind its back."""
+    decode.control(itl_s=0.1)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+
+    def hasty(_: int) -> int:
+        body = CHAT | {"tools": tools, "max_tokens": 30, "ignore_eos": True}
+        headers = {"x-request-timeout": "0.7"}
+        return http.post(f"{proxy.url}/v1/chat/completions", json=body, headers=headers).status_code
+
+    with ThreadPoolExecutor(22) as clients:
+        assert list(clients.map(hasty, range(22))) == [504] * 22
+    assert prefill.state()["waiting_pulls"] == 0
+    decode.control()
+    assert ask(proxy.url).is_success
+    wait_until(lambda: decode.metric("vllm:num_requests_running") == 0, "the decode node to finish")
+    assert prefill.state()["waiting_pulls"] == 0
+
+
+def test_a_release_that_is_answered_late_is_not_sent_again() -> None:
+    with (
+        sim_node("prefill", timeout_s=20) as prefill,
+        sim_node("decode") as decode,
+        proxy_in_front_of(prefill, decode) as proxy,
+    ):
+        prefill.control(ttft_s=0.6)
+        with pytest.raises(httpx.ReadTimeout):
+            ask(proxy.url, timeout=0.3)
+        decode.control(fault="drop", times=1)  # it has read the release, and is not heard of again
+        wait_until(lambda: proxy.metric("pd_releases_total", outcome="unknown") == 1, "the release to be given up")
+        assert proxy.metric("pd_releases_total") == 1
+        assert prefill.state()["waiting_pulls"] == 0
+
+
+def test_a_prefill_nodes_refusal_of_our_body_is_not_the_clients(prefill: Sim, decode: Sim, proxy: Proxy) -> None:
+    """Our body is not the client's: one node is given the client's own, and its answer is the client's."""
+    prefill.control(fault="status", status=400, times=1)
+    answer = ask(proxy.url)
+    assert answer.is_success
+    assert answer.headers["x-pd-path"] == "aggregated; reason=prefill-refused"
+    assert text(answer) == text(ask(decode.url))
 
 
 @pytest.mark.parametrize("options", ["x", [1], 7])
 def test_a_field_that_only_the_decode_leg_has_and_that_is_none_holds_no_kv(
     prefill: Sim, proxy: Proxy, options: Any
 ) -> None:
+    expired = prefill.state()["expired"]
     assert ask(proxy.url, stream=True, stream_options=options).status_code == 400
     wait_until(lambda: prefill.kv_usage() == 0, "the release")
-    assert prefill.state()["expired"] == 0
+    assert prefill.state()["expired"] == expired
 
 
 def test_what_the_decode_nodes_serving_layer_refuses_is_not_released_twice(prefill: Sim, proxy: Proxy) -> None:
@@ -93,9 +187,13 @@ def test_a_release_that_meets_no_node_is_counted_and_forgotten() -> None:
         sim_node("decode") as decode,
         proxy_in_front_of(prefill, decode) as proxy,
     ):
-        decode.control(fault="drop")
-        assert ask(proxy.url).status_code == 502
-        wait_until(lambda: proxy.metric("pd_releases_total", outcome="failed") == 3, "a failed release an attempt")
+        prefill.control(ttft_s=1)
+        with ThreadPoolExecutor(1) as client:
+            answer = client.submit(ask, proxy.url)
+            wait_until(lambda: prefill.metric("vllm:num_requests_running") == 1, "the prefill")
+            decode.process.kill()
+            assert answer.result().status_code == 502
+        wait_until(lambda: proxy.metric("pd_releases_total", outcome="failed") == 1, "a failed release")
 
 
 # -- a stream to the decode node, always

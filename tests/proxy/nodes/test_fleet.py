@@ -1,13 +1,17 @@
-"""Selection and leases."""
+"""All nodes, leases, and which of the nodes belong together."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.base import Rank, Role
+from engines.base import Gauges, JSONObject, NodeFacts, Rank, Role
 from engines.topology import Node, Topology
 from proxy.errors import NoNodeError
-from proxy.nodes.fleet import Pool
+from proxy.nodes.fleet import Fleet
+from proxy.routing.policy import choose
+
+
+def facts(*models: JSONObject) -> NodeFacts:
+    return NodeFacts(models, Gauges(), "")
 
 
 def topology(prefill: int, decode: int) -> Topology:
@@ -19,92 +23,118 @@ def topology(prefill: int, decode: int) -> Topology:
     return Topology(nodes=(*prefills, *decodes))
 
 
-def ready_pool(prefill: int = 2, decode: int = 3) -> Pool:
-    pool = Pool(topology(prefill, decode))
-    for node in pool:
-        node.ready((Rank(0, "e"),), ())
-    return pool
-
-
-def test_nodes_of_a_role_take_turns() -> None:
-    pool = ready_pool()
-    assert [pool.choose(Role.DECODE).spec.name for _ in range(5)] == ["d0", "d1", "d2", "d0", "d1"]
-    assert [pool.choose(Role.PREFILL).spec.name for _ in range(3)] == ["p0", "p1", "p0"]
-
-
-def test_a_node_that_failed_is_passed_over_until_it_is_ready_again() -> None:
-    pool = ready_pool()
-    failed = pool.of(Role.DECODE)[1]
-    failed.failed("broken")
-    assert {pool.choose(Role.DECODE).spec.name for _ in range(6)} == {"d0", "d2"}
-    failed.ready((), ())
-    assert {pool.choose(Role.DECODE).spec.name for _ in range(6)} == {"d0", "d1", "d2"}
+def ready_fleet(prefill: int = 2, decode: int = 3) -> Fleet:
+    fleet = Fleet(topology(prefill, decode))
+    for node in fleet:
+        node.ready((Rank(0, "e"),), facts())
+    return fleet
 
 
 def test_a_failure_forgets_the_identity() -> None:
-    node = ready_pool().of(Role.PREFILL)[0]
+    node = ready_fleet().of(Role.PREFILL)[0]
     node.failed("broken")
     assert node.ranks == ()
 
 
-def test_without_a_usable_node_the_error_says_why_of_each() -> None:
-    pool = ready_pool(decode=2)
-    for node in pool.of(Role.DECODE):
-        node.failed("out of order")
-    with pytest.raises(NoNodeError, match="d0: out of order; d1: out of order"):
-        pool.choose(Role.DECODE)
-    assert not pool.has(Role.DECODE)
-    assert pool.has(Role.PREFILL)
-
-
-def test_an_empty_role_is_said_so() -> None:
-    with pytest.raises(NoNodeError, match="there is no prefill node"):
-        Pool(topology(0, 1)).choose(Role.PREFILL)
-
-
-def test_a_node_not_probed_yet_gets_nothing() -> None:
-    with pytest.raises(NoNodeError, match="not probed yet"):
-        Pool(topology(1, 1)).choose(Role.DECODE)
-
-
 @given(st.lists(st.booleans(), max_size=30))
 def test_leases_are_given_back_however_they_end(ends: list[bool]) -> None:
-    pool = ready_pool()
+    fleet = ready_fleet()
     for well in ends:
         try:
-            with pool.choose(Role.DECODE).lease():
+            with choose(fleet, Role.DECODE).lease() as lease:
+                lease.move(fleet.of(Role.DECODE)[0])
                 if not well:
                     raise NoNodeError("x")
         except NoNodeError:
             pass
-    assert [node.in_flight for node in pool] == [0] * 5
+    assert [node.in_flight for node in fleet] == [0] * 5
 
 
 def test_a_node_that_stays_in_the_topology_keeps_its_state() -> None:
-    pool = ready_pool(2, 2)
-    stays = pool.of(Role.DECODE)[0]
-    pool.replace(topology(2, 1))
-    assert pool.of(Role.DECODE) == [stays]
+    fleet = ready_fleet(2, 2)
+    stays = fleet.of(Role.DECODE)[0]
+    fleet.replace(topology(2, 1))
+    assert fleet.of(Role.DECODE) == [stays]
     assert stays.usable
 
 
 def test_a_model_is_listed_when_a_node_of_each_role_serves_it() -> None:
-    pool = ready_pool(1, 1)
-    pool.of(Role.PREFILL)[0].ready((Rank(0, "e"),), ({"id": "both"}, {"id": "only-prefill"}))
-    pool.of(Role.DECODE)[0].ready((), ({"id": "both"}, {"id": "only-decode"}))
-    assert pool.models() == [{"id": "both"}]
+    fleet = ready_fleet(1, 1)
+    fleet.of(Role.PREFILL)[0].ready((Rank(0, "e"),), facts({"id": "both"}, {"id": "only-prefill"}))
+    fleet.of(Role.DECODE)[0].ready((), facts({"id": "both"}, {"id": "only-decode"}))
+    assert fleet.models() == [{"id": "both"}]
 
 
 def test_the_ranks_of_a_data_parallel_node_take_turns() -> None:
-    node = ready_pool().of(Role.PREFILL)[0]
-    node.ready((Rank(0, "a"), Rank(1, "b")), ())
+    node = ready_fleet().of(Role.PREFILL)[0]
+    node.ready((Rank(0, "a"), Rank(1, "b")), facts())
     turns = [node.next_rank() for _ in range(4)]
     assert {rank.number for rank in turns if rank} == {0, 1}
     assert turns[0] == turns[2] != turns[1] == turns[3]
 
 
 def test_a_node_without_an_identity_has_no_rank() -> None:
-    assert ready_pool().of(Role.DECODE)[0].next_rank() is not None
-    node = ready_pool().of(Role.DECODE)[0]
-    node.ready((), ())
+    assert ready_fleet().of(Role.DECODE)[0].next_rank() is not None
+    node = ready_fleet().of(Role.DECODE)[0]
+    node.ready((), facts())
     assert node.next_rank() is None
+
+
+def serve(fleet: Fleet, **served: tuple[str, int] | None) -> dict[str, str | None]:
+    """What sets the nodes apart when each serves one model of a length; of a node that is down nothing is known."""
+    for node in fleet:
+        told = served[node.spec.name]
+        if told is None:
+            node.failed("down")
+        else:
+            node.ready((Rank(0, "e"),), facts({"id": told[0], "max_model_len": told[1]}))
+    fleet.compare()
+    return {node.spec.name: node.why_not for node in fleet}
+
+
+M, OTHER, SHORT = ("m", 100), ("other", 100), ("m", 50)
+
+
+def test_a_stray_node_is_the_misfit_whoever_answered_first() -> None:
+    found = serve(Fleet(topology(1, 3)), p0=M, d0=OTHER, d1=M, d2=M)
+    assert found == {"p0": None, "d0": "serves other, while m is expected", "d1": None, "d2": None}
+
+
+def test_a_misfit_excludes_no_more_nodes_than_it_keeps() -> None:
+    assert [name for name, why in serve(Fleet(topology(1, 3)), p0=M, d0=SHORT, d1=M, d2=M).items() if why] == ["d0"]
+    assert [name for name, why in serve(Fleet(topology(1, 3)), p0=M, d0=M, d1=SHORT, d2=M).items() if why] == ["d1"]
+
+
+def test_a_model_is_changed_node_by_node() -> None:
+    """Those that serve stay as long as they are no fewer than those with the new model."""
+    fleet = Fleet(topology(1, 2))
+    serve(fleet, p0=M, d0=M, d1=M)
+    assert serve(fleet, p0=M, d0=None, d1=M)["d1"] is None
+    assert serve(fleet, p0=M, d0=OTHER, d1=M)["d0"] == "serves other, while m is expected"
+    assert serve(fleet, p0=None, d0=OTHER, d1=M) == {
+        "p0": "down", "d0": "serves other, while m is expected", "d1": None,
+    }  # fmt: skip
+    assert serve(fleet, p0=OTHER, d0=OTHER, d1=M) == {
+        "p0": None, "d0": None, "d1": "serves m, while other is expected",
+    }  # fmt: skip
+
+
+def test_what_the_topology_says_is_expected_counts_more_than_what_most_nodes_serve() -> None:
+    nodes = topology(1, 2).model_copy(update={"models": ("m",), "max_model_len": 100})
+    assert serve(Fleet(nodes), p0=M, d0=OTHER, d1=OTHER)["p0"] is None
+    assert serve(Fleet(nodes), p0=M, d0=SHORT, d1=SHORT)["d0"] == "serves m up to 50 tokens, while 100 are expected"
+
+
+def test_adapters_need_not_be_the_same_everywhere() -> None:
+    fleet = Fleet(topology(1, 1))
+    base, adapter = {"id": "m", "max_model_len": 100}, {"id": "lora", "parent": "m", "max_model_len": 50}
+    fleet.of(Role.PREFILL)[0].ready((Rank(0, "e"),), facts(base, adapter))
+    fleet.of(Role.DECODE)[0].ready((), facts(base))
+    fleet.compare()
+    assert [node.why_not for node in fleet] == [None, None]
+
+
+def test_another_connector_is_another_identity() -> None:
+    fleet = ready_fleet(1, 1)
+    fleet.replace(topology(1, 1).model_copy(update={"connector": "NixlConnector"}))
+    assert [node.problem for node in fleet] == ["not probed yet"] * 2

@@ -10,8 +10,9 @@ import pytest
 
 from engines.base import Role
 from engines.topology import Node, Topology
-from proxy.nodes import prober as health
-from proxy.nodes.fleet import Pool
+from proxy.nodes import prober
+from proxy.nodes.fleet import Fleet
+from proxy.nodes.pauses import Pauses
 from proxy.nodes.prober import Prober
 from proxy.nodes.transfer import TransferWatch
 from proxy.settings import ProxySettings
@@ -21,11 +22,11 @@ CARD = {"id": "m", "max_model_len": 100}
 
 
 def late() -> bytes:
-    raise health._LateError("no answer to /health in 2 s")
+    raise prober._LateError("no answer to /health in 2 s")
 
 
 def gone() -> bytes:
-    raise health._ProbeError("cannot be reached for /health")
+    raise prober._ProbeError("cannot be reached for /health")
 
 
 def models(**changes: Any) -> Callable[[], bytes]:
@@ -41,15 +42,17 @@ class Probed:
             Node(name="d", role=Role.DECODE, url="http://d:1"),
             Node(name="e", role=Role.DECODE, url="http://e:1"),
         )
-        self.pool = Pool(Topology(nodes=nodes))
+        self.fleet = Fleet(Topology(nodes=nodes))
         self.answers: Answers = {}
         settings = ProxySettings(decode_silence_timeout_s=0.001, prefill_timeout_s=1000)
-        self.prober = Prober(settings, self.pool, TransferWatch(self.pool), [], lambda: None)
+        self.pauses = Pauses()
+        self.prober = Prober(settings, self.fleet, TransferWatch(self.fleet), [], self.pauses, lambda: None)
         query = {"0": {"engine_id": "e1", "worker_addr": {"0": {"0": "tcp://x"}}}}
         usual: Answers = {
             "/health": lambda: b"",
             "/v1/models": models(),
             "/metrics": lambda: b"",
+            "/version": lambda: b'{"version": "0.32.0"}',
             "/query": lambda: json.dumps(query).encode(),
         }
 
@@ -60,8 +63,8 @@ class Probed:
         monkeypatch.setattr(self.prober, "_get", get)
 
     def round(self) -> dict[str, str | None]:
-        asyncio.run(self.prober.round())
-        return {node.spec.name: node.why_not for node in self.pool}
+        asyncio.run(self.prober.meet(list(self.fleet)))
+        return {node.spec.name: node.why_not for node in self.fleet}
 
 
 @pytest.fixture
@@ -71,7 +74,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> Probed:
 
 def test_nodes_that_answer_as_they_should_are_usable(probed: Probed) -> None:
     assert set(probed.round().values()) == {None}
-    assert probed.pool.of(Role.PREFILL)[0].ranks[0].engine_id == "e1"
+    assert probed.fleet.of(Role.PREFILL)[0].ranks[0].engine_id == "e1"
 
 
 def test_one_late_answer_is_forgiven_and_three_in_a_row_are_not(probed: Probed) -> None:
@@ -97,9 +100,9 @@ def test_a_node_that_is_gone_is_out_at_once(probed: Probed) -> None:
 
 def test_a_node_that_is_unlike_the_others_is_refused_with_the_difference(probed: Probed) -> None:
     probed.answers["http://e:1/v1/models"] = models(max_model_len=50)
-    assert probed.round()["e"] == "serves m up to 50 tokens, while p goes to 100"
+    assert probed.round()["e"] == "serves m up to 50 tokens, while 100 are expected"
     probed.answers["http://e:1/v1/models"] = models(id="other")
-    assert probed.round()["e"] == "serves other, while p serves m"
+    assert probed.round()["e"] == "serves other, while m is expected"
 
 
 @pytest.mark.parametrize("raw", [b"", b"[]", b"{}", b'{"data": 7}', b"<html>"])
@@ -121,3 +124,77 @@ def test_a_decode_node_that_has_requests_and_makes_no_token_is_hung_and_a_prefil
     found = probed.round()
     assert "made no token" in str(found["d"])
     assert found["p"] is None
+
+
+class Rude:
+    """An answer that no parser expects."""
+
+    def __call__(self) -> bytes:
+        raise RecursionError("nobody thought of this")
+
+
+@pytest.mark.parametrize(
+    ("path", "answer"),
+    [
+        ("/v1/models", b'{"data": [{"id": ["x"]}]}'),
+        ("/metrics", b"vllm:num_requests_running{\n"),
+        ("/metrics", b"vllm:kv_cache_usage_perc\n"),
+        ("/version", b"not json"),
+    ],
+)
+def test_an_odd_answer_is_that_nodes_problem_and_nobody_elses(probed: Probed, path: str, answer: bytes) -> None:
+    probed.answers["http://d:1" + path] = lambda: answer
+    assert probed.round() == {"p": None, "d": "answers, but not as a vLLM server does", "e": None}
+
+
+def test_nothing_that_a_node_answers_ends_the_prober(probed: Probed) -> None:
+    probed.answers["http://d:1/metrics"] = Rude()
+    assert probed.round() == {"p": None, "d": "its answers cannot be understood; the proxy's log tells more", "e": None}
+    del probed.answers["http://d:1/metrics"]
+    assert set(probed.round().values()) == {None}
+
+
+def test_while_the_machine_itself_stood_still_nobody_is_late(probed: Probed) -> None:
+    """Both healthy nodes were once declared unreachable in the same instant (seen on real nodes)."""
+    probed.round()
+    probed.pauses._last_beat -= 3  # its heartbeat is three seconds late
+    for url in ("http://p:1", "http://d:1", "http://e:1"):
+        probed.answers[url + "/health"] = late
+    for _ in range(5):
+        assert set(probed.round().values()) == {None}
+    probed.pauses._last_beat = time.monotonic()
+    for _ in range(3):
+        found = probed.round()
+    assert set(found.values()) == {"no answer to /health in 2 s"}
+
+
+def test_the_engines_version_is_asked_for_once_a_life(probed: Probed) -> None:
+    probed.round()
+    assert {node.version for node in probed.fleet} == {"0.32.0"}
+    probed.answers["http://d:1/version"] = gone
+    assert probed.round()["d"] is None
+
+
+def test_a_node_that_hangs_delays_the_probes_of_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = tuple(Node(name=name, role=Role.DECODE, url=f"http://{name}:1") for name in ("a", "b"))
+    fleet = Fleet(Topology(connector="NixlConnector", nodes=nodes))
+    settings = ProxySettings(probe_interval_s=0.01)
+    asking = Prober(settings, fleet, TransferWatch(fleet), [], Pauses(), lambda: None)
+    asked = {"a": 0, "b": 0}
+
+    async def probe(node: Any) -> None:
+        asked[node.spec.name] += 1
+        if node.spec.name == "a":
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(asking, "probe", probe)
+
+    async def story() -> None:
+        running = asyncio.create_task(asking.run())
+        while asked["b"] < 5:
+            await asyncio.sleep(0.01)
+        running.cancel()
+        await asking.close()
+
+    asyncio.run(asyncio.wait_for(story(), 30))
+    assert asked["a"] == 1

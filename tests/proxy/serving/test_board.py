@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from proxy.serving.app import Parts, make_app
+from proxy.serving import app
+from proxy.serving.assembly import Components
 from proxy.serving.board import Board, make_file
 from proxy.settings import ProxySettings
 
@@ -41,12 +42,12 @@ def test_each_worker_reads_what_the_others_wrote(join: Join) -> None:
     first, second = join(0), join(1)
     first.write({"load": 1})
     second.write({"load": 2})
-    first.look()
-    second.look()
+    first.read()
+    second.read()
     assert first.others() == [{"load": 2}]
     assert second.others() == [{"load": 1}]
     first.write({"load": 5})
-    second.look()
+    second.read()
     assert second.others() == [{"load": 5}]
 
 
@@ -62,12 +63,12 @@ def test_a_worker_killed_while_it_writes_leaves_what_it_wrote_before(join: Join,
     changed = [at for at, (old, new) in enumerate(zip(before, memory[:], strict=True)) if old != new]
     for at in changed[len(changed) // 2 :]:
         memory[at] = before[at]  # the second half of what it wrote never came
-    reader.look()
+    reader.read()
     assert reader.others() == [{"load": written_before - 1}]
     heir = join(0)
     assert heir.inherited == {"load": written_before - 1}
     heir.write({"load": 7})
-    reader.look()
+    reader.read()
     assert reader.others() == [{"load": 7}]
 
 
@@ -76,7 +77,7 @@ def test_a_dead_workers_row_counts_no_longer_as_load_and_still_as_history(
 ) -> None:
     dead, living = join(0), join(1)
     dead.write({"load": 1})
-    living.look()
+    living.read()
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 60)
     assert living.others() == []
@@ -100,16 +101,35 @@ def test_a_proxy_of_one_process_has_no_board() -> None:
     assert Board().others() == []
 
 
+def test_one_worker_probes_for_all_and_when_it_dies_another_does(join: Join) -> None:
+    """In one process every lock is ours, so who leads is not tried here (`test_workers.py` does), but what is told."""
+    leader, follower = join(0), join(1)
+    assert leader.lead()
+    assert follower.findings() is None
+    for number in range(3):
+        leader.write_findings({"round": number})
+        follower.read()
+        found = follower.findings()
+        assert found is not None
+        assert found[1] == {"round": number}
+    assert follower.others() == []
+    heir = join(2)
+    heir.read()
+    heir.write_findings({"round": 7})
+    follower.read()
+    assert (follower.findings() or (0, {}))[1] == {"round": 7}
+
+
 def test_what_a_scrape_was_told_all_workers_know_at_once(join: Join, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a counter falls when the worker dies that answered the last scrape."""
-    made: list[Parts] = []
+    made: list[Components] = []
 
-    def kept(*given: Any) -> Parts:
-        made.append(Parts(*given))
+    def kept(*given: Any) -> Components:
+        made.append(Components(*given))
         return made[-1]
 
-    monkeypatch.setattr("proxy.serving.app.Parts", kept)
-    told, other = (TestClient(make_app(ProxySettings(), join(row))) for row in range(2))
-    made[0].plane.metrics.resumed.count("resumed")
+    monkeypatch.setattr(app, "Components", kept)
+    told, other = (TestClient(app.make_app(ProxySettings(), join(row))) for row in range(2))
+    made[0].metrics.resumed.count("resumed")
     for worker in (told, other):
         assert 'pd_resumed_total{outcome="resumed"} 1.0' in worker.get("/metrics").text

@@ -18,7 +18,9 @@ from proxy.errors import (
     NodeTimeoutError,
     NodeUnreachableError,
 )
-from proxy.upstream.client import Answer, Deadline, NodeClient, Sink, are_whole_frames
+from proxy.upstream.client import Answer, NodeClient, NodeClosedError, Sink
+from proxy.upstream.deadline import Deadline
+from proxy.upstream.framing import are_whole_events
 from tests.processes import free_port
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -181,9 +183,8 @@ def test_a_node_that_says_close_is_not_asked_on_that_connection_again() -> None:
     assert run(answering(closing, close=True), times=3) == [(200, b"hello")] * 3
 
 
-def test_a_request_that_meets_a_kept_connections_end_is_sent_again_once() -> None:
-    """The node answers one request a connection and closes when the next one comes, without a byte."""
-    requests = []
+def one_answer_a_connection(requests: list[bytes]) -> Handler:
+    """The node answers one request a connection, and closes when the next one has come, without a byte."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         requests.append(await read_request(reader))
@@ -191,8 +192,62 @@ def test_a_request_that_meets_a_kept_connections_end_is_sent_again_once() -> Non
         requests.append(await read_request(reader))
         writer.close()
 
-    assert run(handle, times=3) == [(200, b"hello")] * 3
-    assert len([request for request in requests if request]) == 5
+    return handle
+
+
+def test_a_request_whose_kept_connection_closes_without_an_answer_is_not_sent_again() -> None:
+    """The node may have it (RFC 9110 section 9.2.2): however many connections are kept, it is sent once."""
+    requests: list[bytes] = []
+
+    async def main() -> None:
+        async with server(one_answer_a_connection(requests)) as client:
+            await asyncio.gather(*(ask_whole(client) for _ in range(20)))
+            with pytest.raises(NodeClosedError) as caught:
+                await ask(client, b'{"n": 2}')
+            assert caught.value.maybe_received
+
+    asyncio.run(main())
+    assert sum(b'{"n": 2}' in request for request in requests) == 1
+
+
+def test_a_kept_connection_that_is_closed_already_is_passed_over() -> None:
+    """Nothing was written to it, so nothing can have been received."""
+
+    async def main() -> None:
+        async with server(answering(OK, close=True)) as client:
+            for _ in range(3):
+                assert await ask_whole(client) == (200, b"hello")
+                while client.open_connections:
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+
+
+def test_a_probe_whose_kept_connection_closes_is_asked_again_on_a_new_one() -> None:
+    requests: list[bytes] = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(2):
+            requests.append(await reader.readuntil(b"\r\n\r\n"))
+            if len(requests) % 3 != 2:
+                writer.write(OK)
+        writer.close()
+
+    async def main() -> None:
+        async with server(handle) as client:
+            for _ in range(2):
+                answer = await client.get(b"/health", [], Deadline(30, "answer"))
+                assert await answer.load() == b"hello"
+
+    with suppress(asyncio.IncompleteReadError):
+        asyncio.run(main())
+    assert len(requests) == 3
+
+
+@pytest.mark.parametrize("status", [b"600", b"999"])
+def test_a_status_that_is_none_of_http_is_said_to_be_that(status: bytes) -> None:
+    with pytest.raises(NodeError, match=r"not HTTP/1\.1"):
+        run(answering(b"HTTP/1.1 " + status + b" What\r\ncontent-length: 0\r\n\r\n"))
 
 
 def test_a_fresh_connection_closed_without_an_answer_is_an_error() -> None:
@@ -237,7 +292,7 @@ def test_a_relayed_stream_is_the_same_however_it_is_split(cuts: set[int], unwant
     ends: list[bool] = []
 
     def in_frames(data: bytes) -> bytes | None:
-        return None if len(got) % 4 < unwanted or not are_whole_frames(data) else data
+        return None if len(got) % 4 < unwanted or not are_whole_events(data) else data
 
     def pass_on(data: bytes) -> None:
         parser = httptools.HttpResponseParser(Body(got))

@@ -1,0 +1,150 @@
+"""A request's head. httptools parses it; what it does not check is checked here, and where it ends is found here.
+
+RFC 9112; what two readers could understand differently is an error.
+"""
+
+from typing import Final
+from urllib.parse import unquote
+
+import httptools
+
+from .framing import Body, ChunkedBody, LengthBody
+
+MOST_HEAD_BYTES: Final = 64 * 1024
+MOST_HEADERS: Final = 128
+_END: Final = b"\r\n\r\n"
+_OF_A_REQUEST: Final = frozenset({("1.1", 1), ("1.0", 1), ("1.0", 0)})
+"""HTTP version and number of Host headers (RFC 9112 section 3.2)."""
+_MOST_LENGTH_DIGITS: Final = 18
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class HeadError(Exception):
+    """No request can be read from here on. `status` and `kind` are those of the answer."""
+
+    def __init__(self, message: str, status: int = 400, kind: str = "BadRequestError") -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+
+
+class Head:
+    """Fed until it is whole. An offer of another protocol (Upgrade) is passed over, as RFC 9110 section 7.8 allows."""
+
+    __slots__ = ("_is_complete", "_parser", "_size", "_tail", "headers", "is_1_0", "keeps_alive", "method", "target")
+
+    def __init__(self) -> None:
+        self._parser = httptools.HttpRequestParser(self)
+        self._is_complete = False
+        self._size = 0
+        self._tail = b""
+        """The last bytes so far, in which the end may have begun."""
+        self.headers: Headers = []
+        self.target = b""
+        self.method = b""
+        self.is_1_0 = False
+        self.keeps_alive = True
+        """The client does not want the answer to be the connection's last."""
+
+    def feed(self, data: bytes) -> int:
+        """Where the head ends in these bytes; -1 when it goes on after them. Raises HeadError."""
+        joined = self._tail + data if self._tail else data
+        found = joined.find(_END)
+        end = found + len(_END) - len(self._tail) if found >= 0 else -1
+        self._size += len(data) if end < 0 else end
+        if self._size > MOST_HEAD_BYTES:
+            raise _too_large()
+        self._tail = joined[-3:]
+        try:
+            self._parser.feed_data(data if end < 0 or end == len(data) else data[:end])
+        except httptools.HttpParserUpgrade:
+            pass
+        except httptools.HttpParserError as exc:
+            raise _no_request() from exc
+        if self._is_complete != (end >= 0):
+            raise _no_request()
+        if end >= 0:
+            self._check()
+        return end
+
+    def body(self) -> Body | None:
+        """How the request's body comes; None when it has none. Raises HeadError."""
+        lengths = [value for name, value in self.headers if name == b"content-length"]
+        codings = [value for name, value in self.headers if name == b"transfer-encoding"]
+        if codings:
+            if self.is_1_0 or lengths or len(codings) > 1 or codings[0].lower() != b"chunked":
+                raise HeadError("the request's body is in no coding that is read here")
+            return ChunkedBody()
+        if not lengths:
+            return None
+        if len(lengths) > 1 or not lengths[0].isdigit() or len(lengths[0]) > _MOST_LENGTH_DIGITS:
+            raise HeadError("the request's Content-Length is no number")
+        length = int(lengths[0])
+        return LengthBody(length) if length else None
+
+    def path(self) -> tuple[str, bytes, bytes]:
+        """The target's path, decoded; as it came; and its query."""
+        target = self.target
+        if not target.startswith(b"/"):
+            target = self._origin_form(target)
+        raw, _, query = target.partition(b"?")
+        path = raw.decode("latin-1")
+        return unquote(path) if "%" in path else path, raw, query
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first value of a header; `name` in lower case."""
+        return next((value for key, value in self.headers if key == name), None)
+
+    # -- what httptools calls
+
+    def on_url(self, url: bytes) -> None:
+        self.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        self._is_complete = True
+
+    # -- inside
+
+    def _check(self) -> None:
+        parser = self._parser
+        self.method = parser.get_method()
+        version = parser.get_http_version()
+        hosts = 0
+        connection = b""
+        for name, value in self.headers:
+            if name == b"host":
+                hosts += 1
+            elif name == b"connection":
+                connection += value.lower() + b","
+        if len(self.headers) > MOST_HEADERS:
+            raise _too_large()
+        if (version, hosts) not in _OF_A_REQUEST or self.method == b"CONNECT":
+            raise _no_request()
+        self.is_1_0 = version == "1.0"
+        if connection or self.is_1_0:
+            tokens = [token.strip() for token in connection.split(b",")]
+            self.keeps_alive = b"close" not in tokens and (not self.is_1_0 or b"keep-alive" in tokens)
+
+    @staticmethod
+    def _origin_form(target: bytes) -> bytes:
+        """Of the absolute form, which a client may send to any server (RFC 9112 section 3.2.2)."""
+        try:
+            url = httptools.parse_url(target)
+        except httptools.HttpParserInvalidURLError as exc:
+            if target == b"*":
+                return target
+            raise _no_request() from exc
+        return (url.path or b"/") + (b"?" + url.query if url.query else b"")
+
+
+def _no_request() -> HeadError:
+    return HeadError("this is not a valid HTTP request")
+
+
+def _too_large() -> HeadError:
+    limits = f"{MOST_HEAD_BYTES} bytes and {MOST_HEADERS} headers"
+    return HeadError(f"a request's head has at most {limits}", 431, "RequestHeaderFieldsTooLargeError")

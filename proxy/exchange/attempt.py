@@ -1,0 +1,325 @@
+"""One try at answering a request: choose, prefill, choose decode again if it has failed meanwhile, decode."""
+
+import time
+
+from engines.base import JSONObject, Prefilled, PrefillRefusedError, Rank, Role
+from engines.openai import continuation
+from engines.openai.continuation import SentTokens
+from engines.openai.errors import error_in
+from engines.openai.routes import Route
+
+from ..errors import NodeAnsweredError, NodeError, NodeRefusedError, NodeRejectsKeyError, NoNodeError, NotServedError
+from ..nodes.node import Lease, Node
+from ..routing.policy import choose
+from ..upstream.client import Answer
+from ..upstream.deadline import Deadline
+from .deliver import Delivery
+from .handoff import PinnedKV, State
+from .leg import Leg, rules_for
+from .plane import DataPlane, Request
+from .presence import Presence, let_end, see_off
+from .record import Record
+
+
+class StreamLostError(Exception):
+    """A stream's node was lost in the middle; all leases and legs of it are closed. `sent` says what the client has."""
+
+    def __init__(self, error: NodeError, lost: Node, prefilled: Prefilled, sent: SentTokens) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.lost = lost
+        self.prefilled = prefilled
+        self.sent = sent
+
+
+class Attempt:
+    """One hand-off at most, on nodes chosen once. A further attempt is a new object."""
+
+    def __init__(  # noqa: PLR0913, PLR0917  what an exchange has
+        self,
+        plane: DataPlane,
+        request: Request,
+        presence: Presence,
+        record: Record,
+        delivery: Delivery,
+        avoid: set[Node],
+    ) -> None:
+        self.failing: Node | None = None
+        """Where the last leg went."""
+        self._plane = plane
+        self._engine = plane.fleet.engine
+        self._request = request
+        self._presence = presence
+        self._record = record
+        self._delivery = delivery
+        self._avoid = avoid
+
+    async def run(self, route: Route | None, reason: str | None) -> None:
+        """Answer the client. `reason`: why one node does both phases; None for a hand-off on `route`.
+
+        Raises NodeError, NoNodeError, StreamLostError; what a node refused is passed on or raised as it put it.
+        """
+        with choose(self._plane.fleet, Role.DECODE, self._avoid).lease(for_request=True) as seat:
+            if route is not None and reason is None:
+                reason = await self._disaggregated(seat, route)
+            if reason is not None:
+                await self._aggregated(seat.node, route, reason)
+
+    async def _aggregated(self, node: Node, route: Route | None, reason: str) -> None:
+        """One node does both phases with the client's own body."""
+        record, request = self._record, self._request
+        record.path, record.reason = "aggregated", reason
+        leg = self._leg(node)
+        try:
+            deadline = Deadline(self._plane.settings.whole_answer_timeout_s, "answer")
+            answer = await leg.open(request.asked.body, request.headers, deadline)
+            rules = rules_for(route.events if route else None, answer.headers)
+            first = await leg.first_event(rules)
+            if answer.status == 404 and b'"error"' not in first:  # the node's server knows no such route
+                raise NotServedError(f"{request.path} is not served here")
+            if answer.status != 200 or rules is None:
+                rest = await leg.load()
+                self._presence.check()
+                self._delivery.pass_on(answer.status, answer.headers, first + rest)
+                return
+            record.first_event = time.perf_counter()
+            await self._delivery.relay(leg, answer, first, route, None)
+        finally:
+            leg.close()
+
+    async def _disaggregated(self, seat: Lease, route: Route) -> str | None:
+        """Prefill, hand over, decode. What it returns is why the prompt must go to one node after all."""
+        self._record.path, self._record.reason = "disaggregated", None
+        prefill = self._choose_prefill()
+        if prefill is None:
+            return "no-prefill"
+        rank = prefill.next_rank()
+        hand_off = self._plane.fleet.connector.hand_off(prefill.spec.bootstrap, rank)
+        with PinnedKV(hand_off, self._request.asked.body.get("model"), self._plane.releaser) as kv:
+            self._record.transfer_id = kv.id
+            with prefill.lease(for_request=True):
+                prefilled = await self._prefill(prefill, rank, route, kv)
+            if isinstance(prefilled, str):
+                return prefilled
+            self._record.prompt_tokens = prefilled.prompt_tokens
+            self._presence.check()
+            if self._would_kill(seat.node, prefilled):
+                return "too-long"
+            await self._decode(seat, route, kv, prefilled)
+        return None
+
+    # -- prefill
+
+    def _choose_prefill(self) -> Node | None:
+        """None when decode nodes must do without. Raises NoNodeError when they shall not."""
+        may_do_without = self._plane.settings.without_prefill == "aggregated"
+        try:
+            node = choose(self._plane.fleet, Role.PREFILL, self._avoid)
+        except NoNodeError:
+            if not may_do_without:
+                raise
+            return None
+        return None if may_do_without and node in self._avoid else node
+
+    async def _prefill(self, node: Node, rank: Rank | None, route: Route, kv: PinnedKV) -> Prefilled | str:
+        """What the node's answer promises; or why it holds nothing, and a node is to be given the client's own body.
+
+        A leg that was sent is never cut off for the request's deadline, and for a client that left only after a while:
+        the engine cannot interrupt a step, and the step that makes the one token ends the request by length before it
+        hears of the abort; nobody would know of the KV that is then held.
+        """
+        headers = self._request.headers
+        if rank is not None and rank.of > 1:
+            headers = [*headers, (b"x-data-parallel-rank", str(rank.number).encode())]
+        body = self._engine.prefill_leg(route, self._request.asked, kv.prefill_params)
+        deadline = Deadline(self._plane.settings.prefill_timeout_s, "finish its prefill", is_everybodys=True)
+        leg = self._leg(node)
+        began = time.perf_counter()
+        try:
+            with self._presence.on_leave(see_off(deadline)):
+                answer = await leg.open(body, headers, deadline, kv.sent)
+                raw = await leg.load()
+        except NodeError as exc:
+            if kv.state is State.SENT and _holds_nothing(exc):
+                kv.not_held()
+            self._presence.check()
+            raise
+        finally:
+            leg.close()
+        self._record.prefill_s = time.perf_counter() - began
+        if answer.status != 200:  # a refusal of *our* body is no refusal of the client's
+            kv.not_held()
+            return "prefill-refused"
+        try:
+            prefilled = self._engine.prefilled(route, raw)
+            kv.pinned(prefilled.answer)
+        except PrefillRefusedError:
+            kv.not_held()
+            return "prefill-stopped"
+        return prefilled
+
+    # -- decode
+
+    async def _decode(self, seat: Lease, route: Route, kv: PinnedKV, prefilled: Prefilled) -> None:
+        asked = self._request.asked
+        stream = self._streams(route)
+        body = self._engine.decode_leg(route, asked, kv.decode_params, prefilled, stream=stream)
+        sent = self._noting_tokens(route, body, prefilled)
+        began = time.perf_counter()
+        leg, answer, deadline = await self._hand_over(seat, body, kv, is_stream=stream)
+        try:
+            if not stream:
+                await self._deliver_whole(leg, answer, kv, prefilled, began)
+                return
+            first = await self._first_event(leg, route, answer, kv, deadline)
+            if answer.status != 200:
+                raw = first + await leg.load()
+                self._refuse(kv, answer.status, raw)
+                self._presence.check()
+                self._delivery.pass_on(answer.status, answer.headers, raw)
+                return
+            self._took(leg.node, kv, prefilled, began)
+            self._presence.check()  # the engine has it, and its abort frees the KV
+            if asked.body.get("stream"):
+                await self._relay(leg, answer, first, route, prefilled, sent)
+            else:
+                await self._delivery.collect(leg, answer, first, route)
+        finally:
+            leg.close()
+
+    async def _hand_over(
+        self, seat: Lease, body: JSONObject, kv: PinnedKV, *, is_stream: bool
+    ) -> tuple[Leg, Answer, Deadline]:
+        """Send the decode leg. A node that has failed since it was chosen, or takes no connection, has not seen the
+        hand-off: another one gets it.
+
+        A leg on its way is not cut off at once for a client that leaves: until the answer's head is here nobody knows
+        whether the node's engine has it, and of a request whose connection closes before its handler runs the engine
+        never hears. One that does not stream says nothing before its end, and is never cut off (see collect.py).
+        """
+        settings = self._plane.settings
+        while True:
+            self._choose_decode_again(seat)
+            leg = self._leg(seat.node)
+            limit_s = settings.decode_start_timeout_s if is_stream else settings.whole_answer_timeout_s
+            deadline = Deadline(limit_s, "answer", is_everybodys=not is_stream)
+            policy = see_off(deadline) if is_stream else let_end
+            try:
+                with self._presence.on_leave(policy):
+                    answer = await leg.open(body, self._request.headers, deadline, kv.offered)
+            except NodeError as exc:
+                leg.close()
+                self._judge_failure(kv, exc)
+                self._presence.check()
+                if exc.maybe_received or not self._has_other(Role.DECODE):
+                    raise
+            else:
+                return leg, answer, deadline
+
+    def _would_kill(self, node: Node, prefilled: Prefilled) -> bool:
+        """Whether the node will refuse the request for its length, and is of a version that dies of refusing a
+        hand-off. Refused without one, it lives on. Other refusals cannot be foreseen.
+        """
+        if self._engine.survives_refusals(node.version):
+            return False
+        body = self._request.asked.body
+        longest = self._plane.fleet.max_model_len(body.get("model"))
+        wanted = body.get("max_completion_tokens") or body.get("max_tokens")
+        return longest is not None and isinstance(wanted, int) and prefilled.prompt_tokens + wanted > longest
+
+    def _choose_decode_again(self, seat: Lease) -> None:
+        """No decode node has seen this hand-off yet, so nothing binds it to the one chosen before the prefill."""
+        node = seat.node
+        if node in self._avoid or not node.usable or node.breaker.is_resting(time.monotonic()):
+            other = choose(self._plane.fleet, Role.DECODE, self._avoid)
+            if other is not node:
+                seat.move(other)
+
+    async def _first_event(self, leg: Leg, route: Route, answer: Answer, kv: PinnedKV, deadline: Deadline) -> bytes:
+        """Until it is here nobody knows whether the engine has the request, so a client that left is still waited for
+        a while: what is refused after the engine's server has said 200 never reached the engine, and nothing was freed
+        (seen on a live pair with `logprobs` above the limit).
+        """
+        try:
+            with self._presence.on_leave(see_off(deadline)):
+                return await leg.first_event(rules_for(route.events, answer.headers))
+        except NodeRefusedError:
+            kv.refused(freed=False)
+            raise
+        except NodeError:
+            self._presence.check()
+            raise
+
+    async def _deliver_whole(self, leg: Leg, answer: Answer, kv: PinnedKV, prefilled: Prefilled, began: float) -> None:
+        with self._presence.on_leave(let_end):
+            raw = await leg.load()
+        if answer.status == 200:
+            self._took(leg.node, kv, prefilled, began)
+        else:
+            self._refuse(kv, answer.status, raw)
+        self._presence.check()
+        self._delivery.pass_on(answer.status, answer.headers, raw)
+
+    async def _relay(  # noqa: PLR0913, PLR0917  a stream and what would go on with it
+        self, leg: Leg, answer: Answer, first: bytes, route: Route, prefilled: Prefilled, sent: SentTokens | None
+    ) -> None:
+        try:
+            await self._delivery.relay(leg, answer, first, route, sent)
+        except NodeError as exc:
+            if sent is None:
+                raise
+            raise StreamLostError(exc, leg.node, prefilled, sent) from exc
+
+    def _streams(self, route: Route) -> bool:
+        """Whether the decode leg is a stream: the client's own, or one collected here for a client that wants none.
+
+        Tool calls are parsed by the node, and by another parser in a stream; a client that asked for a whole answer
+        gets the one of the whole answer's parser.
+        """
+        body = self._request.asked.body
+        return bool(body.get("stream")) or (route.collects and not (body.get("tools") or body.get("functions")))
+
+    def _noting_tokens(self, route: Route, leg_body: JSONObject, prefilled: Prefilled) -> SentTokens | None:
+        """Have the decode leg tell its tokens, if its stream is one that could go on without its node."""
+        asked = self._request.asked.body
+        if not self._plane.settings.resume or prefilled.token_ids is None:
+            return None
+        if not continuation.can_be_continued(route, asked):
+            return None
+        self._engine.tell_tokens(leg_body)
+        return SentTokens(hide=not asked.get("return_token_ids"))
+
+    def _took(self, node: Node, kv: PinnedKV, prefilled: Prefilled, began: float) -> None:
+        """The decode node's first event is here."""
+        kv.taken()
+        node.handed_over(prefilled.prompt_tokens)
+        now = time.perf_counter()
+        self._record.hand_off_s = now - began
+        self._record.first_event = now
+
+    def _judge_failure(self, kv: PinnedKV, error: NodeError) -> None:
+        """What a failed decode leg means for the hand-off; nothing when it is unknown."""
+        if kv.state is not State.OFFERED:
+            return
+        if isinstance(error, NodeAnsweredError):
+            self._refuse(kv, error.status, error.body)
+        elif isinstance(error, NodeRejectsKeyError):
+            kv.refused(freed=False)
+
+    def _refuse(self, kv: PinnedKV, status: int, body: bytes) -> None:
+        kind = str(error_in(body).get("type", ""))
+        kv.refused(freed=self._engine.is_freed_by_refusal(status, kind))
+
+    def _has_other(self, role: Role) -> bool:
+        return any(node.usable and node not in self._avoid for node in self._plane.fleet.of(role))
+
+    def _leg(self, node: Node) -> Leg:
+        self.failing = node
+        return Leg(self._plane, node, self._request.path, self._presence, self._record, self._avoid)
+
+
+def _holds_nothing(error: NodeError) -> bool:
+    """Whether a prefill leg that failed so has left nothing: a full queue, a wrong key, nothing sent."""
+    if isinstance(error, NodeAnsweredError):
+        return error.status in (429, 503)
+    return isinstance(error, NodeRejectsKeyError) or not error.maybe_received

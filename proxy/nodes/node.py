@@ -1,0 +1,158 @@
+"""One node and what is known of it. No I/O: probes and exchanges report here."""
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Self
+
+from engines import topology
+from engines.base import Gauges, JSONObject, NodeFacts, Rank
+
+from ..errors import NodeAnsweredError, NodeError, NodeRejectsKeyError, NodeUnreachableError
+from .breaker import Breaker
+
+logger = logging.getLogger("pd_proxy.nodes")
+
+NOT_PROBED = "not probed yet"
+
+
+@dataclass(slots=True)
+class Share:
+    """A part of a node's load and history."""
+
+    in_flight: int = 0
+    hand_offs: int = 0
+    handed_tokens: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One node. Identity matters: two nodes are never equal."""
+
+    spec: topology.Node
+    problem: str | None = NOT_PROBED
+    """What the last probe found, or the last attempt to connect; None when it was well."""
+    misfit: str | None = None
+    """What sets it apart from the other nodes, so that a hand-off between them would go wrong."""
+    breaker: Breaker = field(default_factory=Breaker)
+    """What requests found since."""
+    ranks: tuple[Rank, ...] = ()
+    """The data-parallel ranks of this life of a prefill node. Never kept over a failure."""
+    models: tuple[JSONObject, ...] = ()
+    """Its model cards, as its `/v1/models` lists them."""
+    version: str = ""
+    """Its engine's."""
+    gauges: Gauges = field(default_factory=Gauges)
+    """Its own figures, as of the last probe."""
+    in_flight: int = 0
+    hand_offs: int = 0
+    handed_tokens: int = 0
+    """Hand-offs this decode node took, and their prompts' tokens."""
+    elsewhere: Share = field(default_factory=Share)
+    """What the proxy's other worker processes have of these three."""
+    failed_at: float = 0.0
+    """When it was last found to fail, on the monotonic clock: what was seen before then counts no more."""
+    _turn: int = 0
+
+    def __repr__(self) -> str:
+        return f"<node {self.spec.name}: {self.why_not or 'usable'}, {self.load} in flight>"
+
+    @property
+    def load(self) -> int:
+        """Requests on it, from all workers."""
+        return self.in_flight + self.elsewhere.in_flight
+
+    @property
+    def all_handed_over(self) -> tuple[int, int]:
+        """Hand-offs it took, and their prompts' tokens, from all workers."""
+        return self.hand_offs + self.elsewhere.hand_offs, self.handed_tokens + self.elsewhere.handed_tokens
+
+    @property
+    def usable(self) -> bool:
+        return self.problem is None and self.misfit is None and not self.spec.drain
+
+    @property
+    def why_not(self) -> str | None:
+        """Why it gets no requests; None when it does."""
+        return self.problem or self.misfit or ("draining" if self.spec.drain else None)
+
+    def ready(self, ranks: tuple[Rank, ...], facts: NodeFacts) -> None:
+        """A probe found it well."""
+        if self.problem is not None:
+            self.breaker = Breaker()  # another life of it, perhaps
+            logger.info("node %s is usable", self.spec.name)
+        self.problem, self.ranks = None, ranks
+        self.models, self.version, self.gauges = facts.models, facts.version, facts.gauges
+
+    def failed(self, problem: str) -> None:
+        """No requests until a probe finds it well, and its identity with it."""
+        if problem != self.problem:
+            logger.warning("node %s is not usable: %s", self.spec.name, problem)
+        self.problem, self.ranks, self.failed_at = problem, (), time.monotonic()
+
+    def fits(self, misfit: str | None) -> None:
+        """Whether it belongs to the other nodes; `misfit` says why not."""
+        if misfit != self.misfit:
+            level, words = (logging.WARNING, misfit) if misfit else (logging.INFO, "it fits the other nodes now")
+            logger.log(level, "node %s: %s", self.spec.name, words)
+        self.misfit = misfit
+
+    def record_failure(self, error: NodeError) -> None:
+        """A request failed here. One failure may be the request's; no connection, or several in a row, are the node's.
+
+        A node that asks to be left alone for a while (Retry-After) is, and has not failed.
+        """
+        if isinstance(error, NodeUnreachableError):
+            self.failed(str(error))
+        elif isinstance(error, NodeAnsweredError) and error.retry_after_s is not None:
+            self.breaker.rest(error.retry_after_s)
+        elif not isinstance(error, NodeRejectsKeyError) and (
+            not isinstance(error, NodeAnsweredError) or error.status != 429
+        ):
+            was_open = self.breaker.is_open
+            self.breaker.record_failure()
+            if self.breaker.is_open and not was_open:
+                logger.warning("node %s: circuit breaker open after failures in a row: %s", self.spec.name, error)
+
+    def next_rank(self) -> Rank | None:
+        """The hand-off target of the next request; None for a connector whose nodes have no identity to know."""
+        if not self.ranks:
+            return None
+        self._turn = (self._turn + 1) % len(self.ranks)
+        return self.ranks[self._turn]
+
+    def handed_over(self, prompt_tokens: int) -> None:
+        """It took a hand-off: its first event came."""
+        self.hand_offs += 1
+        self.handed_tokens += prompt_tokens
+
+    def lease(self, *, for_request: bool = False) -> "Lease":
+        """Count one request on this node, for as long as it lasts. `for_request`: a client's; the breaker counts it."""
+        return Lease(self, for_request=for_request)
+
+
+class Lease:
+    """One request on a node; a context manager. `move` takes it to another node."""
+
+    __slots__ = ("_for_request", "_is_trial", "node")
+
+    def __init__(self, node: Node, *, for_request: bool) -> None:
+        self.node = node
+        self._for_request = for_request
+        self._is_trial = False
+
+    def __enter__(self) -> Self:
+        self.node.in_flight += 1
+        self._is_trial = self._for_request and self.node.breaker.begin()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.node.in_flight -= 1
+        if self._is_trial:
+            self.node.breaker.end_trial()
+
+    def move(self, node: Node) -> None:
+        """The request goes on at another node."""
+        self.__exit__()
+        self.node = node
+        self.__enter__()

@@ -1,0 +1,95 @@
+"""The routes that tell: how the proxy and its nodes are, what they serve, and the figures."""
+
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
+
+from engines.base import JSONObject, Role
+from engines.openai.errors import error_body
+
+from ..errors import NoNodeError, ProxyError
+from ..nodes.node import Node
+from ..nodes.transfer import TransferWatch
+from . import exposition
+from .assembly import Components
+
+
+def add_routes(app: FastAPI, parts: Components) -> None:
+    """To the application."""
+    fleet, watch = parts.fleet, parts.watch
+
+    def can_serve() -> bool:
+        may_do_without = parts.settings.without_prefill == "aggregated"
+        return fleet.has(Role.DECODE) and (may_do_without or fleet.has(Role.PREFILL))
+
+    def status() -> str:
+        if parts.shutdown.has_begun:
+            return "stopping"
+        if not can_serve():
+            return "unavailable"
+        stuck = any(watch.verdict(node) == "not moving" for node in fleet.of(Role.DECODE))
+        is_well = fleet.has(Role.PREFILL) and not stuck and not parts.supervisor.down
+        return "ok" if is_well else "degraded"
+
+    @app.api_route("/health", methods=["GET", "HEAD"])
+    async def health() -> Response:
+        """200 when requests are answered; says of each node why it gets none.
+
+        "degraded": they are, but decode nodes compute prompts (no prefill node is usable, or KV does not move), or a
+        background task of the proxy is down. "stopping" (503): they still are, but send no more.
+        """
+        now = status()
+        nodes = [_node_health(node, watch) for node in fleet]
+        told: JSONObject = {"status": now, "nodes": nodes}
+        if parts.supervisor.down:
+            told["tasks_down"] = parts.supervisor.down
+        return JSONResponse(told, 503 if now in ("unavailable", "stopping") else 200)
+
+    @app.api_route("/livez", methods=["GET", "HEAD"])
+    async def livez() -> Response:
+        """503 when only a restart of the proxy can help. Nodes that are down are no reason."""
+        hopeless = parts.supervisor.is_hopeless
+        return JSONResponse({"tasks_down": parts.supervisor.down}, 503 if hopeless else 200)
+
+    @app.api_route("/readyz", methods=["GET", "HEAD"])
+    async def readyz() -> Response:
+        """200 when requests should be sent here."""
+        now = status()
+        return JSONResponse({"status": now}, 503 if now in ("unavailable", "stopping") else 200)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        """The models that both a prefill and a decode node serve."""
+        if not can_serve():
+            return _error_response(NoNodeError("no usable pair of nodes", "See /health"))
+        return JSONResponse({"object": "list", "data": fleet.models()})
+
+    @app.get("/version")
+    async def version() -> Response:
+        """The version of the engines, as a decode node gives it."""
+        found = fleet.version()
+        if found is None:
+            return _error_response(NoNodeError(f"no usable decode node: {fleet.why_none(Role.DECODE)}", "See /health"))
+        return JSONResponse({"version": found})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        parts.sharing.share()
+        text = exposition.text(parts.plane.metrics, parts.board, fleet, watch, parts.supervisor.down)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _node_health(node: Node, watch: TransferWatch) -> JSONObject:
+    health: JSONObject = {
+        "name": node.spec.name,
+        "role": node.spec.role,
+        "usable": node.usable,
+        "problem": node.why_not,
+        "in_flight": node.load,
+    }
+    if node.spec.role is Role.DECODE:
+        health["kv"] = watch.verdict(node)
+    return health
+
+
+def _error_response(error: ProxyError) -> JSONResponse:
+    return JSONResponse(error_body(str(error), error.kind, error.status, error.param), error.status)

@@ -1,0 +1,129 @@
+"""What the worker processes of one proxy tell each other, over the board: figures, load, and what the probes found.
+
+One worker probes for all. When it dies another one does.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from engines.base import Gauges, JSONObject, NodeFacts, Rank
+
+from ..metrics import Metrics
+from ..nodes.fleet import Fleet
+from ..nodes.node import Node, Share
+from ..nodes.prober import Prober
+from ..nodes.transfer import TransferWatch
+from .board import Board
+
+_SHARE_EVERY_S = 0.1
+_TRY_TO_LEAD_EVERY_S = 0.25
+
+
+class Sharing:
+    """One worker's part in it."""
+
+    def __init__(  # noqa: PLR0913, PLR0917  what is shared
+        self,
+        board: Board,
+        metrics: Metrics,
+        fleet: Fleet,
+        watch: TransferWatch,
+        prober: Prober,
+        before: Callable[[], object],
+        after: Callable[[], object],
+    ) -> None:
+        """`before`: brings the metrics' gauges up to date; `after`: called when the others' load is known anew."""
+        self._board = board
+        self._metrics = metrics
+        self._fleet = fleet
+        self._watch = watch
+        self._prober = prober
+        self._before = before
+        self._after = after
+        self._adopted_at = 0.0
+        if board.inherited is not None:
+            self._inherit(board.inherited)
+
+    async def run(self) -> None:
+        """Share for ever."""
+        while True:
+            self.share()
+            await asyncio.sleep(_SHARE_EVERY_S)
+
+    async def probe(self) -> None:
+        """Probe for ever, or follow the worker that does."""
+        while not self._board.lead():
+            self._adopt_findings()
+            await asyncio.sleep(_TRY_TO_LEAD_EVERY_S)
+        await self._prober.run()
+
+    def share(self) -> None:
+        """Tell the others this worker's figures, and read theirs.
+
+        Before every scrape too: a counter would fall if a worker died with what it alone knew and had told a scrape.
+        """
+        self._before()
+        self._metrics.forget_nodes({node.spec.name for node in self._fleet})
+        if self._board.is_shared:
+            shares = {node.spec.name: [node.in_flight, node.hand_offs, node.handed_tokens] for node in self._fleet}
+            self._board.write({"metrics": self._metrics.snapshot(), "nodes": shares})
+            self._board.read()
+            self._take_in_the_others()
+        self._after()
+
+    def publish(self) -> None:
+        """What the probes found, to the workers that do not probe; called after every probe here."""
+        if self._board.is_shared and self._board.lead():
+            self._board.write_findings({node.spec.name: self._finding(node) for node in self._fleet})
+
+    def _take_in_the_others(self) -> None:
+        alive, all_rows = self._board.others(), self._board.others(alive=False)
+        for node in self._fleet:
+            now = [row["nodes"].get(node.spec.name, (0, 0, 0)) for row in alive]
+            ever = [row["nodes"].get(node.spec.name, (0, 0, 0)) for row in all_rows]
+            hand_offs, tokens = sum(share[1] for share in ever), sum(share[2] for share in ever)
+            node.elsewhere = Share(sum(share[0] for share in now), hand_offs, tokens)
+
+    def _inherit(self, row: JSONObject) -> None:
+        """The row of a worker that died: its counts are ours now, its requests are gone."""
+        self._metrics.adopt(row["metrics"])
+        for node in self._fleet:
+            _, node.hand_offs, node.handed_tokens = row["nodes"].get(node.spec.name, (0, 0, 0))
+
+    def _finding(self, node: Node) -> JSONObject:
+        gauges = node.gauges
+        return {
+            "url": node.spec.url,
+            "problem": node.problem,
+            "ranks": [[rank.number, rank.engine_id, rank.of] for rank in node.ranks],
+            "models": node.models,
+            "version": node.version,
+            "gauges": [
+                gauges.running, gauges.waiting, gauges.kv_usage, gauges.transferred, gauges.computed, gauges.cached,
+                gauges.generated,
+            ],
+            "verdict": self._watch.verdict(node),
+            "arrived": self._watch.arrived(node),
+        }  # fmt: skip
+
+    def _adopt_findings(self) -> None:
+        self._board.read()
+        found = self._board.findings()
+        if found is None or found[0] <= self._adopted_at:
+            return
+        self._adopted_at, nodes = found
+        for node in self._fleet:
+            finding = nodes.get(node.spec.name)
+            if finding is not None and finding["url"] == node.spec.url and node.failed_at < self._adopted_at:
+                self._adopt(node, finding)
+        self._fleet.compare()
+        self._fleet.saw_usable()
+        self._after()
+
+    def _adopt(self, node: Node, finding: JSONObject) -> None:
+        if finding["problem"] is not None:
+            node.failed(finding["problem"])
+            return
+        ranks = tuple(Rank(*rank) for rank in finding["ranks"])
+        node.ready(ranks, NodeFacts(tuple(finding["models"]), Gauges(*finding["gauges"]), finding["version"]))
+        self._watch.adopt(node, finding["verdict"], finding["arrived"])

@@ -1,0 +1,455 @@
+"""Every way an attempt can go, with scripted nodes: each hand-off is used once, and settled exactly once.
+
+No processes and no clock. A node does what its script says, and the world keeps the truth: what each node has been
+sent, and where KV is held. The client leaves, the request's time ends, or the proxy shuts down at any step.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import orjson
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from engines.base import Gauges, NodeFacts, Rank, Role
+from engines.openai.request import asked
+from engines.topology import Node, Topology
+from proxy.errors import (
+    ClientGoneError,
+    NodeBrokeOffError,
+    NodeError,
+    NodeTimeoutError,
+    NodeUnreachableError,
+    ProxyError,
+)
+from proxy.exchange import attempt, release
+from proxy.exchange.exchange import Exchange
+from proxy.exchange.handoff import SETTLED, PinnedKV, State
+from proxy.exchange.plane import DataPlane, Request
+from proxy.exchange.presence import Presence
+from proxy.exchange.record import Record
+from proxy.exchange.release import Releaser
+from proxy.exchange.retry import RetryBudget
+from proxy.metrics import Metrics
+from proxy.nodes.fleet import Fleet
+from proxy.settings import ProxySettings
+from proxy.upstream.client import NodeClosedError
+
+PREFILL = (
+    "holds", "stops", "refuses", "full", "fails", "wrong key", "no connection", "lost before it was read",
+    "lost after it was read", "silent",
+)  # fmt: skip
+DECODE = (
+    "answers", "dies in mid-stream", "error in mid-stream", "ends without its end", "refuses", "late refusal",
+    "refuses before its engine", "error first", "dies before its first event", "full", "fails", "wrong key",
+    "no connection", "lost before it was read", "lost after it was read", "silent",
+)  # fmt: skip
+RELEASE = ("frees", "no connection", "lost after it was read", "full")
+UNSENT = "no connection"
+UNREAD = (UNSENT, "lost before it was read", "full", "wrong key", "refuses before its engine")
+"""What the engine of a node has never heard of."""
+
+
+def sse(body: Any) -> bytes:
+    return b"data: " + (body if isinstance(body, bytes) else orjson.dumps(body)) + b"\n\n"
+
+
+def token(number: int, finish: str | None = None, *, shows: bool) -> bytes:
+    ids = [number] if shows else None
+    choice = {"index": 0, "text": "x", "finish_reason": finish, "token_ids": ids}
+    return sse({"id": "c", "object": "text_completion", "created": 1, "model": "m", "choices": [choice]})
+
+
+@dataclass
+class World:
+    """The truth: what nodes were sent and hold, and what is to happen when."""
+
+    prefill: list[str]
+    decode: list[str]
+    release: list[str]
+    disturb_at: int
+    disturb: Callable[[], object] = lambda: None
+    steps: int = 0
+    sent: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(what, transfer_id): times it was written to a node's connection."""
+    heard: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """... and times an engine heard of it."""
+    held: set[str] = field(default_factory=set)
+    """Ids of the hand-offs whose KV a prefill node holds."""
+
+    async def step(self) -> None:
+        """Some time passes; the disturbance may strike."""
+        await asyncio.sleep(0)
+        self.steps += 1
+        if self.steps == self.disturb_at:
+            self.disturb()
+            await asyncio.sleep(0)
+
+    @staticmethod
+    def next(script: list[str], usual: str) -> str:
+        return script.pop(0) if script else usual
+
+
+class ScriptedAnswer:
+    """A node's answer; its chunks are bytes, or an error to raise."""
+
+    def __init__(self, world: World, status: int, chunks: Iterable[bytes | Exception], *, is_stream: bool) -> None:
+        self._world = world
+        self._chunks = list(chunks)
+        self.status = status
+        kind = b"text/event-stream" if is_stream else b"application/json"
+        self.headers = [(b"content-type", kind)]
+
+    async def chunk(self, deadline: Any = None) -> bytes:
+        del deadline
+        await self._world.step()
+        if not self._chunks:
+            return b""
+        found = self._chunks.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    async def load(self) -> bytes:
+        return b"".join([piece async for piece in self._pieces()])
+
+    async def _pieces(self) -> Any:
+        while piece := await self.chunk():
+            yield piece
+
+    def close(self) -> None:
+        self._chunks.clear()
+
+
+class ScriptedClient:
+    """The connections to one node."""
+
+    def __init__(self, world: World, role: Role) -> None:
+        self._world = world
+        self._role = role
+
+    async def request(self, *given: Any, deadline: Any, on_sent: Callable[[], None] = lambda: None) -> ScriptedAnswer:
+        del deadline
+        body = orjson.loads(given[3])
+        params = body.get("kv_transfer_params") or {}
+        world, transfer_id = self._world, params.get("transfer_id", "")
+        is_release = body.get("max_tokens") == 2**31 - 1
+        what = "release" if is_release else self._role.value if transfer_id else "alone"
+        script = {"release": world.release, "prefill": world.prefill, "decode": world.decode}.get(what, [])
+        behaviour = world.next(script, {"release": "frees", "prefill": "holds"}.get(what, "answers"))
+        if behaviour == "late refusal" and not body.get("stream"):
+            behaviour = "refuses"  # only of a stream is anything refused after its 200
+        await world.step()
+        if behaviour == UNSENT:
+            raise NodeUnreachableError("no connection")
+        on_sent()
+        world.sent[what, transfer_id] += 1
+        if behaviour not in UNREAD:
+            world.heard[what, transfer_id] += 1
+        await world.step()
+        return self._answer(what, behaviour, transfer_id, body)
+
+    def _answer(self, what: str, behaviour: str, transfer_id: str, body: dict[str, Any]) -> ScriptedAnswer:
+        self._engine(what, behaviour, transfer_id)
+        match behaviour:
+            case "lost before it was read" | "lost after it was read":
+                raise NodeClosedError("closed the connection without an answer")
+            case "silent":
+                raise NodeTimeoutError("did not answer", may_be_retried=what != "prefill")
+            case "refuses" | "frees" | "refuses before its engine":
+                kind = "Bad Request" if behaviour == "refuses before its engine" else "BadRequestError"
+                return self._made(400, [orjson.dumps({"error": {"type": kind, "message": "no", "code": 400}})])
+            case "full":
+                return self._made(503, [orjson.dumps({"error": {"type": "ServiceUnavailable"}})])
+            case "fails":
+                return self._made(500, [orjson.dumps({"error": {"type": "InternalServerError"}})])
+            case "wrong key":
+                return self._made(401, [b"{}"])
+        if what == "prefill":
+            reason = "length" if behaviour == "holds" else "stop"
+            choice = {"finish_reason": reason, "prompt_token_ids": [1, 2]}
+            return self._made(200, [orjson.dumps({"choices": [choice], "usage": {"prompt_tokens": 2}})])
+        if not body.get("stream"):
+            return self._made(200, [orjson.dumps({"choices": [{"text": "xxx"}], "usage": {}})])
+        return ScriptedAnswer(self._world, 200, self._stream(behaviour, body), is_stream=True)
+
+    def _made(self, status: int, chunks: list[bytes]) -> ScriptedAnswer:
+        return ScriptedAnswer(self._world, status, chunks, is_stream=False)
+
+    @staticmethod
+    def _stream(behaviour: str, body: dict[str, Any]) -> list[bytes | Exception]:
+        broken = NodeBrokeOffError("closed the connection in the middle of its answer")
+        failed = sse({"error": {"message": "EngineCore died", "code": 500}}) + sse(b"[DONE]")
+        refused = sse({"error": {"message": "too many logprobs", "code": 400, "type": "BadRequestError"}})
+        most, shows = body["max_tokens"], bool(body.get("return_token_ids"))
+        usage = sse({"id": "c", "created": 1, "model": "m", "choices": [], "usage": {"completion_tokens": most}})
+        tokens = [token(number, shows=shows) for number in range(1, most)]
+        streams: dict[str, list[bytes | Exception]] = {
+            "answers": [b": keep-alive\n\n", *tokens, token(most, "length", shows=shows), usage, sse(b"[DONE]")],
+            "dies in mid-stream": [*tokens, broken],
+            "error in mid-stream": [*tokens, failed],
+            "ends without its end": [*tokens],
+            "late refusal": [refused],
+            "error first": [failed],
+            "dies before its first event": [broken],
+        }
+        return streams[behaviour]
+
+    def _engine(self, what: str, behaviour: str, transfer_id: str) -> None:
+        """What the engine does with KV, whoever hears of it."""
+        held = self._world.held
+        if what == "prefill" and behaviour in ("holds", "lost after it was read", "silent"):
+            assert transfer_id not in held, "two requests under one id: the first one's KV is never freed"
+            held.add(transfer_id)
+        elif what in ("decode", "release") and behaviour not in (*UNREAD, "late refusal"):
+            assert transfer_id in held, "a pull for what is not there keeps a sender task"
+            held.discard(transfer_id)
+
+
+class ScriptedClients:
+    """Stands for `NodeClients`."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def of(self, node: Any) -> ScriptedClient:
+        return ScriptedClient(self._world, node.spec.role)
+
+
+class FakeClient:
+    """The client's side: what it got."""
+
+    def __init__(self) -> None:
+        self.started = False
+        self.answers: list[int] = []
+        self.got = b""
+        self.is_whole = False
+
+    def answer(self, status: int, headers: Any, body: bytes) -> None:
+        del headers
+        assert not self.started, "an answer into an answer"
+        self.started, self.is_whole = True, True
+        self.answers.append(status)
+        self.got = body
+
+    def begin(self, status: int, headers: Any, first: bytes) -> None:
+        del headers
+        assert not self.started, "two heads"
+        self.started = True
+        self.answers.append(status)
+        self.got = first
+
+    def write(self, chunk: bytes) -> None:
+        assert not self.is_whole
+        self.got += chunk
+
+    async def drained(self, stall_s: float) -> None:
+        del stall_s
+
+    def finish(self) -> None:
+        assert not self.is_whole
+        self.is_whole = True
+
+    async def relay(self, answer: Any, through: Any, *, silence_s: float, stall_s: float) -> None:
+        del silence_s, stall_s
+        while chunk := await answer.chunk():
+            self.write(through.feed(chunk))
+            if through.has_failed:
+                raise NodeBrokeOffError("the node failed in the middle of its answer")
+        if not through.is_done:
+            raise NodeBrokeOffError("the node ended its stream before its end")
+        self.finish()
+
+
+class WatchedKV(PinnedKV):
+    """Remembers every hand-off and how often it was settled."""
+
+    all: list["WatchedKV"] = []  # noqa: RUF012
+    __slots__ = ("settled",)
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.settled: list[State] = []
+        WatchedKV.all.append(self)
+
+    def _move(self, before: State, after: State) -> None:
+        super()._move(before, after)
+        if self.state in SETTLED:
+            self.settled.append(self.state)
+
+
+@pytest.fixture(autouse=True)
+def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt, "PinnedKV", WatchedKV)
+    monkeypatch.setattr(release, "_BETWEEN_TRIES_S", 0)
+
+
+def fleet() -> Fleet:
+    nodes = [
+        Node(name=f"p{n}", role=Role.PREFILL, url=f"http://p:{n + 1}", bootstrap=f"http://p:{n + 100}")
+        for n in range(2)
+    ]
+    nodes += [Node(name=f"d{n}", role=Role.DECODE, url=f"http://d:{n + 1}") for n in range(2)]
+    made = Fleet(Topology(nodes=tuple(nodes)))
+    for node in made:
+        node.ready(
+            (Rank(0, f"engine of {node.spec.name}"),), NodeFacts(({"id": "m", "max_model_len": 100},), Gauges(), "")
+        )
+    return made
+
+
+@dataclass
+class Outcome:
+    """What is left when all is over."""
+
+    world: World
+    nodes: Fleet
+    client: FakeClient
+    metrics: Metrics
+    error: BaseException | None
+    presence: Presence
+
+
+async def play(world: World, body: dict[str, Any], disturbance: str) -> Outcome:
+    WatchedKV.all.clear()
+    nodes, metrics, client = fleet(), Metrics(), FakeClient()
+    clients = cast("Any", ScriptedClients(world))
+    releaser = Releaser(nodes, clients, metrics, [])
+    plane = DataPlane(ProxySettings(), nodes, clients, metrics, releaser, RetryBudget())
+    request = Request("/v1/completions", asked("/v1/completions", orjson.dumps(body)), "id", [])
+    presences: list[Presence] = []
+
+    async def run() -> None:
+        presence = Presence(60)
+        presences.append(presence)
+        await world.step()
+        await Exchange(plane, request, client, presence, Record("id", "/v1/completions")).run()
+
+    task = asyncio.create_task(run())
+    disturbances: dict[str, Callable[[], object]] = {
+        "client leaves": lambda: presences[0].end("client-left"),
+        "deadline": lambda: presences[0].end("late"),
+        "shutdown": task.cancel,
+        "nothing": lambda: None,
+    }
+    world.disturb = disturbances[disturbance]
+    error: BaseException | None = None
+    try:
+        await task
+    except (ProxyError, ClientGoneError, asyncio.CancelledError) as exc:
+        error = exc
+    with suppress(TimeoutError):
+        await releaser.close(within_s=5)
+    return Outcome(world, nodes, client, metrics, error, presences[0])
+
+
+def check(outcome: Outcome, disturbance: str) -> None:
+    world = outcome.world
+    for kv in WatchedKV.all:
+        assert len(kv.settled) == 1, kv
+        assert world.sent["prefill", kv.id or ""] <= 1, "a prefill was sent twice under one id"
+        assert world.sent["decode", kv.id or ""] <= 1, "a hand-off was sent to a decode node twice"
+        assert world.heard["release", kv.id or ""] <= 1, "a release was heard twice"
+        match kv.state:
+            case State.TAKEN | State.REFUSED:
+                assert world.heard["decode", kv.id or ""] == 1
+                assert kv.id not in world.held
+            case State.NOT_HELD:
+                assert kv.id not in world.held
+            case State.GIVEN_BACK:
+                assert kv.id not in world.held or not world.heard["release", kv.id or ""]
+    settled = Counter(kv.state.value for kv in WatchedKV.all if kv.state is not State.NOT_HELD)
+    assert outcome.metrics.hand_offs.values == settled
+    assert [node.in_flight for node in outcome.nodes] == [0] * 4
+    assert not any(node.breaker.has_trial for node in outcome.nodes)
+    assert outcome.metrics.releases_pending == 0
+    assert len(outcome.client.answers) <= 1
+    if disturbance == "nothing" or world.steps < world.disturb_at:
+        assert outcome.client.is_whole or isinstance(outcome.error, ProxyError), "nobody was told anything"
+    if outcome.client.is_whole and outcome.client.answers == [200] and b"data:" in outcome.client.got:
+        assert outcome.client.got.endswith(b"data: [DONE]\n\n")
+        assert outcome.client.got.count(b'"text":"x"') == 3, "the stream is not the three tokens of it"
+        assert b'token_ids":[' not in outcome.client.got
+
+
+BODIES = st.sampled_from(
+    [
+        {"prompt": "x", "max_tokens": 3, "stream": True, "model": "m"},
+        {"prompt": "x", "max_tokens": 3, "model": "m"},
+        {"prompt": "x", "max_tokens": 3, "stream": True, "model": "m", "stop": "y"},
+        {"prompt": "x", "max_tokens": 3, "model": "m", "tools": [{}]},
+        {"prompt": "x", "max_tokens": 3, "stream": True, "model": "m", "stream_options": {"include_usage": True}},
+    ]
+)
+DISTURBANCES = st.sampled_from(["nothing", "client leaves", "deadline", "shutdown"])
+
+
+@settings(max_examples=1500)
+@given(
+    st.lists(st.sampled_from(PREFILL), max_size=3),
+    st.lists(st.sampled_from(DECODE), max_size=4),
+    st.lists(st.sampled_from(RELEASE), max_size=3),
+    BODIES,
+    DISTURBANCES,
+    st.integers(1, 25),
+)
+def test_each_hand_off_goes_to_each_node_once_and_is_settled_exactly_once(  # noqa: PLR0913, PLR0917
+    prefill: list[str], decode: list[str], releases: list[str], body: dict[str, Any], disturbance: str, at: int
+) -> None:
+    world = World(list(prefill), list(decode), list(releases), at if disturbance != "nothing" else -1)
+    check(asyncio.run(play(world, dict(body), disturbance)), disturbance)
+    for kv in WatchedKV.all:
+        event(f"settled as {kv.state}")
+
+
+@pytest.mark.parametrize("disturbance", ["client leaves", "deadline", "shutdown"])
+@pytest.mark.parametrize("behaviour", DECODE)
+def test_whatever_a_decode_node_does_the_client_may_go_at_every_step(behaviour: str, disturbance: str) -> None:
+    """Hypothesis draws; here none is left out."""
+    body = {"prompt": "x", "max_tokens": 3, "stream": True, "model": "m"}
+    for at in range(1, 30):
+        world = World([], [behaviour], [], at)
+        outcome = asyncio.run(play(world, dict(body), disturbance))
+        check(outcome, disturbance)
+        if world.steps < at:
+            break
+    else:
+        pytest.fail("it never came to an end")
+
+
+def test_a_deadline_answers_the_client_and_lets_a_prefill_end() -> None:
+    """What it leaves is given back; cut off, it would have left KV that nobody knows of."""
+    world = World([], [], [], 3)
+    outcome = asyncio.run(play(world, {"prompt": "x", "stream": True, "model": "m"}, "deadline"))
+    assert [kv.state for kv in WatchedKV.all] == [State.GIVEN_BACK]
+    assert outcome.presence.gone == "late"
+    assert not world.held
+
+
+def test_of_a_decode_node_that_takes_no_connection_another_gets_the_same_hand_off() -> None:
+    world = World([], ["no connection"], [], -1)
+    outcome = asyncio.run(play(world, {"prompt": "x", "max_tokens": 3, "stream": True, "model": "m"}, "nothing"))
+    assert outcome.client.is_whole
+    assert [kv.state for kv in WatchedKV.all] == [State.TAKEN]
+    assert sum(count for (what, _), count in world.sent.items() if what == "prefill") == 1
+    assert outcome.metrics.retries.values == {}
+
+
+def test_a_prefill_nodes_refusal_of_our_body_is_not_the_clients() -> None:
+    """The client's own body goes to one node, whose answer is the client's."""
+    world = World(["refuses"], [], [], -1)
+    outcome = asyncio.run(play(world, {"prompt": "x", "max_tokens": 3, "model": "m"}, "nothing"))
+    assert outcome.client.answers == [200]
+    assert world.sent["alone", ""] == 1
+    assert [kv.state for kv in WatchedKV.all] == [State.NOT_HELD]
+
+
+def test_an_error_knows_whether_the_node_may_have_the_request() -> None:
+    assert not NodeUnreachableError("x").maybe_received
+    assert NodeClosedError("x").maybe_received
+    assert NodeError("x").source == "node"

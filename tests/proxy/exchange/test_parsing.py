@@ -1,0 +1,102 @@
+"""Bodies that take long to parse are parsed in another process."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import orjson
+import psutil
+import pytest
+
+from engines.openai.request import InvalidBodyError
+from proxy.errors import BodyTooLargeError, ProxyError
+from proxy.exchange.parsing import Parser
+
+PATH = "/v1/completions"
+
+
+def played(story: Callable[[Parser], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        parser = Parser()
+        try:
+            await asyncio.wait_for(story(parser), 120)
+        finally:
+            parser.close()
+
+    asyncio.run(main())
+    children = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    psutil.wait_procs(children, timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("raw", "quick"),
+    [
+        (b'{"prompt": "x"}', True),
+        (b'{"prompt": "' + b"words, and more words of the kind that people write. " * 90_000 + b'"}', True),
+        (b"[" + b"[]," * 300_000 + b"[]]", False),
+        (b'{"prompt": [' + b"1," * 300_000 + b"1]}", False),
+        (b'{"prompt": "' + b"x" * 17 * 2**20 + b'"}', False),
+    ],
+    ids=["short", "long text", "many lists", "many ids", "very long text"],
+)
+def test_what_takes_long_is_known_by_its_length_and_its_number_of_values(raw: bytes, quick: bool) -> None:
+    assert Parser.is_quick(raw) is quick
+
+
+def test_it_is_the_same_request_and_its_large_values_are_not_looked_into() -> None:
+    ids = list(range(300_000))
+    raw = orjson.dumps({"prompt": ids, "stop": ["a"], "kv_transfer_params": {"transfer_id": "mine"}, "max_tokens": 5})
+
+    async def story(parser: Parser) -> None:
+        found = await parser.parse(PATH, raw, must_name_no_media=False)
+        assert isinstance(found.body["prompt"], orjson.Fragment)
+        assert orjson.loads(orjson.dumps(found.body)) == {"prompt": ids, "stop": ["a"], "max_tokens": 5}
+        assert (found.reason, found.tokens) == (None, 300_000)
+        with pytest.raises(InvalidBodyError, match="not valid JSON"):
+            await parser.parse(PATH, raw[:-1], must_name_no_media=False)
+
+    played(story)
+
+
+def test_media_that_a_node_would_fetch_are_refused_in_a_body_that_large() -> None:
+    named = {"messages": [{"content": [{"image_url": "http://169.254.169.254/x"}]}], "pad": [0] * 300_000}
+
+    async def story(parser: Parser) -> None:
+        with pytest.raises(InvalidBodyError, match="send them as data: URLs"):
+            await parser.parse("/v1/chat/completions", orjson.dumps(named), must_name_no_media=True)
+
+    played(story)
+
+
+def test_when_the_other_process_dies_the_next_body_starts_a_new_one() -> None:
+    raw = orjson.dumps({"prompt": [1] * 300_000})
+
+    async def story(parser: Parser) -> None:
+        await parser.parse(PATH, raw, must_name_no_media=False)
+        assert parser._pool is not None
+        for pid in tuple(parser._pool._processes):
+            os.kill(pid, signal.SIGKILL)
+
+        async def until_it_fails() -> None:
+            while True:
+                await parser.parse(PATH, raw, must_name_no_media=False)
+
+        with pytest.raises(ProxyError, match="could not be parsed"):
+            await until_it_fails()
+        assert (await parser.parse(PATH, raw, must_name_no_media=False)).tokens == 300_000
+
+    played(story)
+
+
+def test_a_body_that_grows_too_much_is_refused_and_takes_nothing_down() -> None:
+    """Twenty million empty objects, as many as the usual limit lets in, would take gigabytes when parsed."""
+    raw = b'{"x": [' + b"{}," * 22_000_000 + b"{}]}"
+
+    async def story(parser: Parser) -> None:
+        with pytest.raises(BodyTooLargeError, match="too many values"):
+            await parser.parse(PATH, raw, must_name_no_media=False)
+        assert (await parser.parse(PATH, b'{"prompt": "x"}', must_name_no_media=False)).reason is None
+
+    played(story)
