@@ -57,6 +57,9 @@ _CANNOT = frozenset(
 )
 """Fields whose meaning depends on what was generated before, or whose output has a place in the whole."""
 
+_PLAIN_TEXT = {"type": "text"}
+"""A `response_format` that asks for nothing."""
+
 _DONE_WITH = frozenset(
     {
         "messages",
@@ -85,7 +88,7 @@ def can_be_continued(route: Route, body: JSONObject) -> bool:
     if not isinstance(options, dict) or options.get("continuous_usage_stats"):
         return False
     shows_all = body.get("include_reasoning", True) is True  # else a node with a reasoning parser tells no token ids
-    return shows_all and not any(body[field] for field in _CANNOT & body.keys())
+    return shows_all and not any(body[field] and body[field] != _PLAIN_TEXT for field in _CANNOT & body.keys())
 
 
 class SentTokens:

@@ -63,6 +63,13 @@ def events(dialect: Dialect, whole: JSONObject) -> Iterator[bytes]:
     yield _event("response.completed", {"response": whole})
 
 
+def error(dialect: Dialect, message: str) -> bytes:
+    """An error inside a stream (vllm/entrypoints/anthropic/serving.py)."""
+    if dialect == "messages":
+        return _event("error", {"error": {"type": "internal_error", "message": message}})
+    return _event("response.failed", {"response": {"status": "failed", "error": {"message": message}}})
+
+
 def _event(kind: str, data: JSONObject) -> bytes:
     return b"event: " + kind.encode() + b"\ndata: " + orjson.dumps({"type": kind, **data}) + b"\n\n"
 

@@ -24,6 +24,7 @@ from . import tokens
 from .answers import DONE, Choice, Envelope, sse
 from .dialects import Dialect, as_chat, events
 from .dialects import answer as in_dialect
+from .dialects import error as dialect_error
 from .faults import MESSAGE, Faults, Kind
 from .kv import KVCache
 from .request import RefusedError, SchemaError, Wanted, for_choice, parse
@@ -484,6 +485,8 @@ def _transfer_params(raw: bytes) -> JSONObject:
 def _in_dialect(dialect: Dialect, answer: Response, stream: bool) -> Response:  # noqa: FBT001
     if answer.status_code != 200:
         return answer
+    if answer.media_type == "text/event-stream":  # an error, in place of the first event
+        return _events([dialect_error(dialect, MESSAGE)]) if stream else _error(MESSAGE, "InternalServerError", 500)
     whole = in_dialect(dialect, orjson.loads(answer.body))
     return _events(list(events(dialect, whole))) if stream else JSONResponse(whole)
 

@@ -17,6 +17,8 @@ from .plane import Client, DataPlane, Request
 from .record import Record
 
 JSON = (b"content-type", b"application/json")
+_UNBUFFERED = (b"x-accel-buffering", b"no")
+"""A front like nginx holds a stream back otherwise."""
 _PASSED_TO_CLIENT = (b"content-type", b"retry-after")
 
 
@@ -50,7 +52,7 @@ class Delivery:
         record.status = 200
         began = time.perf_counter()
         try:
-            self._client.begin(200, self._headers(answer.headers), through.feed(first))
+            self._client.begin(200, [*self._headers(answer.headers), _UNBUFFERED], through.feed(first))
             self._request.forget_prompt()  # no other attempt can follow
             await self._client.relay(
                 answer,

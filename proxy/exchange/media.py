@@ -19,10 +19,9 @@ from ..settings import ProxySettings
 from .memory import Reservation
 
 _KINDS = ("image_url", "audio_url", "video_url")
-_HINTS = (b"_url", b'"source"', b"\\u00")
-"""A body without any of these names no media; JSON can spell them in escapes, too."""
 _NO_MEDIA_IN = frozenset(
     {
+        "prompt",
         "tools",
         "functions",
         "response_format",
@@ -33,7 +32,7 @@ _NO_MEDIA_IN = frozenset(
         "chat_template_kwargs",
     }
 )
-"""Whose words are the client's own: a schema may call a field `image_url`."""
+"""Text and token ids; and whose words are the client's own: a schema may call a field `image_url`."""
 _MOST_OBJECTS = 50_000
 _AT_ONCE = 4
 _DEFAULT_TYPE = "application/octet-stream"
@@ -52,11 +51,6 @@ class Media:
 
     async def close(self) -> None:
         await self._client.aclose()
-
-    @staticmethod
-    def may_be_in(raw: bytes) -> bool:
-        """Whether a body can name media at all."""
-        return any(hint in raw for hint in _HINTS)
 
     async def inline(self, body: JSONObject, memory: Reservation) -> None:
         """Replace every http(s) URL that a node would fetch by a `data:` URL.
@@ -167,7 +161,7 @@ def remote_media(body: JSONObject, most_objects: int | None) -> Iterator[Place]:
             continue
         seen += 1
         if most_objects is not None and seen > most_objects:
-            raise BadRequestError(f"a request that names media may have at most {most_objects} objects in it")
+            raise BadRequestError(f"a request may have at most {most_objects} objects in its messages")
 
 
 def _places(block: JSONObject) -> Iterator[Place]:

@@ -17,15 +17,13 @@ class Receiver:
 
     async def asked(self, path: str, raw: bytes, memory: Reservation) -> Asked:
         """What a client wants. Raises BadRequestError, OverloadedError; what is fetched is counted in `memory`."""
-        names_media = self._media.may_be_in(raw)
         try:
             if not self._parser.is_quick(raw):
-                return await self._parser.parse(path, raw, must_name_no_media=names_media)
+                return await self._parser.parse(path, raw)
             found = asked(path, raw)
         except InvalidBodyError as exc:
             raise BadRequestError(str(exc), param=exc.param) from exc
-        if names_media:
-            await self._media.inline(found.body, memory)
+        await self._media.inline(found.body, memory)
         return found
 
     async def close(self) -> None:

@@ -139,7 +139,7 @@ class NodeClient:
     def _tick(self) -> None:
         now = time.monotonic()
         for connection in tuple(self._open):
-            connection.look(now)
+            connection.check(now)
         later = asyncio.get_running_loop().call_later(_TICK_S, self._tick) if self._open else None
         self._ticking = later
 
@@ -357,7 +357,7 @@ class _Connection(asyncio.Protocol):
             raise self._error
         self._finish()
 
-    def look(self, now: float) -> None:
+    def check(self, now: float) -> None:
         """Is it late, silent, or idle for too long?"""
         if self._state is _State.IDLE:
             if now - self.idle_since > _KEEP_IDLE_S:

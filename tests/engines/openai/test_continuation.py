@@ -210,6 +210,8 @@ def test_an_engines_death_as_an_event_is_kept_from_the_client() -> None:
         (MESSAGES, {"messages": [], "stream": True}, False),
         (CHAT, {"messages": [], "stream": True, "tools": [{}]}, False),
         (CHAT, {"messages": [], "stream": True, "logprobs": True}, False),
+        (CHAT, {"messages": [], "stream": True, "response_format": {"type": "text"}}, True),
+        (CHAT, {"messages": [], "stream": True, "response_format": {"type": "json_object"}}, False),
         (CHAT, {"messages": [], "stream": True, "stop": "x"}, False),
         (CHAT, {"messages": [], "stream": True, "stream_options": {"continuous_usage_stats": True}}, False),
         (COMPLETIONS, {"prompt": "x", "stream": True, "repetition_penalty": 1.1}, False),

@@ -4,6 +4,7 @@ import base64
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -30,7 +31,9 @@ class Shelf(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "image/png; charset=x")
         self.end_headers()
-        self.wfile.write(PICTURE if self.path == "/picture" else b"x" * 40_000_000)
+        sizes = {"/huge": 40_000_000, "/large": 16_000_000}
+        with suppress(ConnectionError):
+            self.wfile.write(b"x" * sizes.get(self.path.split("?")[0], 0) or PICTURE)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -86,6 +89,10 @@ SHAPES: dict[str, tuple[str, Any]] = {
         "/v1/messages",
         {"type": "tool_result", "content": [{"type": "image", "source": {"type": "url", "url": "URL"}}]},
     ),
+    "in a batch": ("/v1/chat/completions/batch", [[{"role": "user", "content": [{"image_url": {"url": "URL"}}]}]]),
+    "in what is scored": ("/v1/score", {"content": [{"type": "image_url", "image_url": {"url": "URL"}}]}),
+    "in what is ranked": ("/rerank", {"content": [{"type": "image_url", "image_url": {"url": "URL"}}]}),
+    "in escapes": ("/v1/chat/completions", {"image\\u005furl": {"url": "URL"}}),
     "in an input": ("/v1/responses", {"type": "input_image", "image_url": "URL"}),
 }
 
@@ -97,14 +104,34 @@ def test_no_shape_of_media_makes_a_node_dial_what_a_client_names(
 ) -> None:
     route, part = SHAPES[shape]
     messages = [{"role": "user", "content": [part]}]
-    body = {"model": MODEL, "max_tokens": 4, "input" if route == "/v1/responses" else "messages": messages}
-    raw = json.dumps(body).replace("URL", f"{scheme}://169.254.169.254/latest")
+    field = {"/v1/responses": "input", "/v1/score": "data_1", "/rerank": "query"}.get(route, "messages")
+    body = {"model": MODEL, "max_tokens": 4, field: messages}
+    raw = json.dumps(body).replace("URL", f"{scheme}://169.254.169.254/latest").replace("\\\\u", "\\u")
     seen = len(prefill.received()) + len(decode.received())
     headers = {"Content-Type": "application/json"}
     answer = http.post(f"{proxy.url}{route}", content=raw, headers=headers, timeout=60)
     assert answer.status_code == 400
     assert "media in the messages" in answer.json()["error"]["message"]
     assert len(prefill.received()) + len(decode.received()) == seen
+
+
+def test_what_only_looks_like_media_is_left_alone(prefill: Sim, proxy: Proxy) -> None:
+    """A tool's schema may call a field `image_url`."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"image_url": "http://10.0.0.1/x"}}}]
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "tools": tools, "max_tokens": 4}
+    assert http.post(f"{proxy.url}/v1/chat/completions", json=body, timeout=60).is_success
+    assert prefill.received()[-1]["body"]["tools"] == tools
+
+
+def test_the_media_of_a_request_are_bounded_together(open_to_private: tuple[Sim, Sim, Proxy], shelf: str) -> None:
+    """In number, and in bytes: a picture of 16 MB may come twice, and not thirty times."""
+    proxy = open_to_private[2]
+    answer = look_at(proxy, *(f"{shelf}/picture?{number}" for number in range(40)))
+    assert (answer.status_code, "more than 32" in answer.json()["error"]["message"]) == (400, True)
+    Shelf.asked.clear()
+    answer = look_at(proxy, *(f"{shelf}/large?{number}" for number in range(30)))
+    assert (answer.status_code, "larger than" in answer.json()["error"]["message"]) == (400, True)
+    assert len(Shelf.asked) < 10
 
 
 def test_media_that_is_already_inline_is_left_alone(proxy: Proxy, prefill: Sim) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 
 from tests.processes import MODEL, Proxy, Sim, http, proxy_in_front_of, sim_node, wait_until
 
@@ -35,6 +36,29 @@ def test_a_chunk_that_has_come_is_not_held_back_for_the_next(decode: Sim, proxy:
     with proxy.connect() as client:
         client.sendall(request(BODY | {"stream": True}))
         assert read_until(client, b"data: ", times=3).count(b"data: ") == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}),
+        ("/v1/responses", {"input": "x", "max_output_tokens": 4}),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 4, "stop": "y"}),
+    ],
+)
+def test_a_stream_that_begins_with_an_error_in_its_routes_own_shape_is_no_answer(
+    decode: Sim, proxy: Proxy, path: str, body: dict[str, Any]
+) -> None:
+    failures = proxy.metric("pd_node_errors_total")
+    decode.control(fault="error-first")
+    answer = http.post(f"{proxy.url}{path}", json={"model": MODEL, "stream": True, **body}, timeout=60)
+    assert answer.status_code == 502
+    assert "worker.py" not in answer.text
+    assert proxy.metric("pd_node_errors_total") > failures
+    decode.control(fault=None)
+    answer = http.post(f"{proxy.url}{path}", json={"model": MODEL, "stream": True, **body}, timeout=60)
+    assert answer.is_success
+    assert answer.headers["x-accel-buffering"] == "no"
 
 
 def test_a_client_that_leaves_before_the_first_chunk_stops_its_node(decode: Sim, proxy: Proxy) -> None:

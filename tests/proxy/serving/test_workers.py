@@ -1,5 +1,6 @@
 """Several processes serve one port as if they were one."""
 
+import json
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -84,3 +85,40 @@ def test_nothing_is_left_when_they_have_ended(served: tuple[Sim, Sim, Proxy]) ->
     assert proxy.process.wait(60) == 0
     assert not any(worker.is_running() for worker in running)
     assert boards - set(Path("/dev/shm").glob("pd-proxy-board-*")) == boards
+
+
+def test_workers_come_back_while_the_topology_file_is_broken_and_one_of_them_probes_for_all(tmp_path: Path) -> None:
+    file = tmp_path / "topology.json"
+    with sim_node("prefill") as prefill, sim_node("decode") as decode:
+        nodes = [
+            {"name": "p", "role": "prefill", "url": prefill.url, "bootstrap": prefill.bootstrap},
+            {"name": "d", "role": "decode", "url": decode.url},
+        ]
+        file.write_text(json.dumps({"nodes": nodes}))
+        with proxy_in_front_of(flags=["--workers", "2", "--topology", str(file)], wait=False) as proxy:
+            wait_until(lambda: len(workers(proxy)) == 2, "both workers")
+            file.write_text('{"nodes": [{"name": "half')
+            for dead in workers(proxy):
+                dead.send_signal(signal.SIGKILL)
+                dead.wait()
+            wait_until(lambda: len(workers(proxy)) == 2, "both workers again")
+            wait_until(lambda: proxy.health()["status"] == "ok", "the last good topology")
+            ask(proxy, 4)
+            decode.control(refuse_s=60)
+            wait_until(lambda: proxy.metric("pd_node_usable", node="d") == 0, "the death of the node to be seen")
+            wait_until(lambda: all(proxy.metric("pd_node_usable", node="d") == 0 for _ in range(8)), "... by both")
+
+
+def test_what_no_worker_can_start_with_ends_the_proxy(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("k")
+    with (
+        sim_node("prefill") as prefill,
+        sim_node("decode") as decode,
+        proxy_in_front_of(prefill, decode, flags=["--workers", "2", "--api-keys-file", str(keys)]) as proxy,
+    ):
+        wait_until(lambda: len(workers(proxy)) == 2, "both workers")
+        keys.unlink()
+        for dead in workers(proxy):
+            dead.send_signal(signal.SIGKILL)
+        proxy.process.wait(120)
