@@ -6,6 +6,11 @@ The transfer itself is untouched: the real TransferEngine moves real KV blocks o
 vLLM 0.32 asks for the current accelerator before it starts the transfer engine (mooncake_connector.py, worker
 `__init__`), which raises on a CPU build. There is one CPU device, so its index is 0. The store connector waits for
 CUDA's stream with an event before it saves (store/worker.py, `wait_for_save`); a CPU has computed when it returns.
+
+vLLM's attention uses AMX wherever the processor has it, but Linux wants to be asked first, once a process, and says no
+when threads are there whose signal stacks are too small for it. With both connectors in one worker it was asked too
+late, and the worker died of an illegal instruction (seen on a Sapphire Rapids). So it is asked here, before Mooncake's
+libraries start theirs; and should it say no, vLLM is told that there is no AMX.
 """
 
 import torch
@@ -31,6 +36,8 @@ class _DoneAlready:
 if current_platform.is_cpu():
     torch.accelerator.current_device_index = lambda: 0
     torch.cuda.Event = _DoneAlready
+    if torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
+        torch.cpu._is_amx_tile_supported = lambda: False
 
 
 class CpuMooncakeConnector(CountedMooncakeConnector):
