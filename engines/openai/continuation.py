@@ -188,7 +188,7 @@ class SentTokens:
         return self._ids.count(b"]")
 
     @property
-    def can_go_on(self) -> bool:
+    def can_resume(self) -> bool:
         """What has been sent is enough to continue from."""
         without_text = self._tokens_without_text()
         if not self.first_event or self._has_reasoning or without_text is None:
@@ -305,7 +305,7 @@ def continuation_body(
     return rest
 
 
-class Joint:
+class Splice:
     """Makes the events of a continuation look like those of the stream they continue."""
 
     def __init__(self, route: Route, body: JSONObject, first_event: bytes, usage: JSONObject, sent: int) -> None:
@@ -320,7 +320,7 @@ class Joint:
         self._usage = usage
         self._sent = sent
 
-    def joined(self, whole: bytes) -> bytes:
+    def spliced(self, whole: bytes) -> bytes:
         """The same events, in the first stream's name; its end mark as it is, and comments dropped."""
         made = [self._event(event) for event in _parsed(whole)]
         if OPENAI_EVENTS.has_end(whole):

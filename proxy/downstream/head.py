@@ -13,8 +13,8 @@ from .framing import Body, ChunkedBody, LengthBody
 MOST_HEAD_BYTES: Final = 64 * 1024
 MOST_HEADERS: Final = 128
 _END: Final = b"\r\n\r\n"
-_OF_A_REQUEST: Final = frozenset({("1.1", 1), ("1.0", 1), ("1.0", 0)})
-"""HTTP version and number of Host headers (RFC 9112 section 3.2)."""
+_ONCE: Final = frozenset({b"host", b"content-length", b"transfer-encoding"})
+"""Twice, they mean two things."""
 _MOST_LENGTH_DIGITS: Final = 18
 
 Headers = list[tuple[bytes, bytes]]
@@ -32,7 +32,18 @@ class HeadError(Exception):
 class Head:
     """Fed until it is whole. An offer of another protocol (Upgrade) is passed over, as RFC 9110 section 7.8 allows."""
 
-    __slots__ = ("_is_complete", "_parser", "_size", "_tail", "headers", "is_1_0", "keeps_alive", "method", "target")
+    __slots__ = (
+        "_is_complete",
+        "_parser",
+        "_size",
+        "_tail",
+        "first",
+        "headers",
+        "is_1_0",
+        "keeps_alive",
+        "method",
+        "target",
+    )
 
     def __init__(self) -> None:
         self._parser = httptools.HttpRequestParser(self)
@@ -41,6 +52,8 @@ class Head:
         self._tail = b""
         """The last bytes so far, in which the end may have begun."""
         self.headers: Headers = []
+        self.first: dict[bytes, bytes] = {}
+        """The first value of each header, by its name in lower case."""
         self.target = b""
         self.method = b""
         self.is_1_0 = False
@@ -70,18 +83,16 @@ class Head:
 
     def body(self) -> Body | None:
         """How the request's body comes; None when it has none. Raises HeadError."""
-        lengths = [value for name, value in self.headers if name == b"content-length"]
-        codings = [value for name, value in self.headers if name == b"transfer-encoding"]
-        if codings:
-            if self.is_1_0 or lengths or len(codings) > 1 or codings[0].lower() != b"chunked":
+        coding, length = self.first.get(b"transfer-encoding"), self.first.get(b"content-length")
+        if coding is not None:
+            if self.is_1_0 or length is not None or coding.lower() != b"chunked":
                 raise HeadError("the request's body is in no coding that is read here")
             return ChunkedBody()
-        if not lengths:
+        if length is None:
             return None
-        if len(lengths) > 1 or not lengths[0].isdigit() or len(lengths[0]) > _MOST_LENGTH_DIGITS:
+        if not length.isdigit() or len(length) > _MOST_LENGTH_DIGITS:
             raise HeadError("the request's Content-Length is no number")
-        length = int(lengths[0])
-        return LengthBody(length) if length else None
+        return LengthBody(int(length)) if int(length) else None
 
     def path(self) -> tuple[str, bytes, bytes]:
         """The target's path, decoded; as it came; and its query."""
@@ -91,10 +102,6 @@ class Head:
         raw, _, query = target.partition(b"?")
         path = raw.decode("latin-1")
         return unquote(path) if "%" in path else path, raw, query
-
-    def header(self, name: bytes) -> bytes | None:
-        """The first value of a header; `name` in lower case."""
-        return next((value for key, value in self.headers if key == name), None)
 
     # -- what httptools calls
 
@@ -110,24 +117,27 @@ class Head:
     # -- inside
 
     def _check(self) -> None:
-        parser = self._parser
-        self.method = parser.get_method()
-        version = parser.get_http_version()
-        hosts = 0
-        connection = b""
-        for name, value in self.headers:
-            if name == b"host":
-                hosts += 1
-            elif name == b"connection":
-                connection += value.lower() + b","
+        """RFC 9112 section 3.2: one Host, which HTTP/1.0 may leave away."""
         if len(self.headers) > MOST_HEADERS:
             raise _too_large()
-        if (version, hosts) not in _OF_A_REQUEST or self.method == b"CONNECT":
-            raise _no_request()
+        first = self.first
+        for name, value in self.headers:
+            if name not in first:
+                first[name] = value
+            elif name in _ONCE:
+                raise _no_request()
+        self.method = self._parser.get_method()
+        version = self._parser.get_http_version()
         self.is_1_0 = version == "1.0"
-        if connection or self.is_1_0:
-            tokens = [token.strip() for token in connection.split(b",")]
-            self.keeps_alive = b"close" not in tokens and (not self.is_1_0 or b"keep-alive" in tokens)
+        if (not self.is_1_0 and (version != "1.1" or b"host" not in first)) or self.method == b"CONNECT":
+            raise _no_request()
+        if self.is_1_0 or b"connection" in first:
+            self.keeps_alive = self._wants_to_stay()
+
+    def _wants_to_stay(self) -> bool:
+        said = b",".join(value.lower() for name, value in self.headers if name == b"connection")
+        tokens = [token.strip() for token in said.split(b",")]
+        return b"close" not in tokens and (not self.is_1_0 or b"keep-alive" in tokens)
 
     @staticmethod
     def _origin_form(target: bytes) -> bytes:

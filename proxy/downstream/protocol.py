@@ -147,7 +147,12 @@ class ClientProtocol(asyncio.Protocol):
 
     @property
     def default_head(self) -> bytes:
-        return b"".join(b"%b: %b\r\n" % header for header in self._state.default_headers)
+        """The headers that every answer has, the date among them; made once, whenever uvicorn has new ones."""
+        given = self._state.default_headers
+        if self._service.default_headers is not given:
+            self._service.default_headers = given
+            self._service.default_head = b"".join(b"%b: %b\r\n" % header for header in given)
+        return self._service.default_head
 
     @property
     def client_address(self) -> tuple[str, int] | None:
@@ -198,7 +203,7 @@ class ClientProtocol(asyncio.Protocol):
             self._since = time.monotonic()
             self._head = Head()
             if self._held:
-                self._loop.call_soon(self._go_on)  # a turn each: many short requests in one packet stop nobody else
+                self._loop.call_soon(self._read_held)  # a turn each: many short requests in one packet stop nobody else
             else:
                 self._resume_reading()
 
@@ -234,7 +239,7 @@ class ClientProtocol(asyncio.Protocol):
 
     # -- inside
 
-    def _go_on(self) -> None:
+    def _read_held(self) -> None:
         """With bytes that were held while an earlier request was answered."""
         if self._reading is Reading.IDLE and self._held:
             held, self._held = self._held, b""
@@ -266,7 +271,7 @@ class ClientProtocol(asyncio.Protocol):
         """A request whose head is here; as much of its body as is here too is read before it is handled."""
         head = self._head
         body = head.body()
-        expected = head.header(b"expect")
+        expected = head.first.get(b"expect")
         if expected is not None and expected.lower() != b"100-continue":
             raise HeadError("this expectation cannot be met", 417, "ExpectationFailedError")
         request = self._request = ClientRequest(self, head, body)

@@ -18,7 +18,7 @@ _END: Final = b"0\r\n\r\n"
 _STATUS_LINES: Final = {status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
 
 
-class Through(Protocol):
+class StreamFilter(Protocol):
     """What a stream's bytes go through on their way (`exchange/filters.py`)."""
 
     @property
@@ -83,10 +83,7 @@ class ClientRequest:
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header; `name` in lower case."""
-        for key, value in self.headers:
-            if key == name:
-                return value
-        return None
+        return self._head.first.get(name)
 
     @property
     def is_1_0(self) -> bool:
@@ -211,7 +208,7 @@ class ClientRequest:
             self.has_answer = True
             self._connection.break_off(at_once=at_once or self.is_1_0)
 
-    async def relay(self, answer: Answer, through: Through, *, silence_s: float, stall_s: float) -> None:
+    async def relay(self, answer: Answer, stream_filter: StreamFilter, *, silence_s: float, stall_s: float) -> None:
         """The rest of a node's answer, each piece written in the turn of the loop in which it came.
 
         A client that takes no more stops its node, and not for longer than `stall_s`. Raises NodeError, or
@@ -221,13 +218,13 @@ class ClientRequest:
 
         def write(pieces: Sequence[bytes], *, ended: bool) -> Exception | None:
             try:
-                passed = through.feed(b"".join(pieces))
+                passed = stream_filter.feed(b"".join(pieces))
             except ValueError:
                 return NodeBrokeOffError("the node sent a stream that cannot be read")
-            if through.has_failed:
+            if stream_filter.has_failed:
                 self.write(passed)
                 return NodeBrokeOffError("the node failed in the middle of its answer", "Its own log tells why")
-            if ended and not through.is_done:
+            if ended and not stream_filter.is_done:
                 self.write(passed)
                 return NodeBrokeOffError("the node ended its stream before its end")
             if ended and not self.is_1_0 and not self.has_answer:
@@ -240,7 +237,7 @@ class ClientRequest:
         if connection.is_write_paused:
             answer.pause()
         try:
-            frames = None if self.is_1_0 else (through.in_frames, connection.write)
+            frames = None if self.is_1_0 else (stream_filter.in_frames, connection.write)
             await answer.pipe(Sink(write, frames, NEVER, silence_s=silence_s, stall_s=stall_s))
         finally:
             connection.source = None

@@ -37,6 +37,9 @@ class Service:
     """Everything else."""
     limits: ConnectionLimits = field(default_factory=ConnectionLimits)
     connections: set["ClientProtocol"] = field(default_factory=set)
+    default_headers: object = None
+    default_head: bytes = b""
+    """These headers of the server's, as they are written."""
     is_closing: bool = False
     """Answers are their connection's last: the process is about to end."""
 

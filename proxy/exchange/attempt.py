@@ -63,6 +63,7 @@ class Attempt:
             if route is not None and reason is None:
                 reason = await self._disaggregated(seat, route)
             if reason is not None:
+                self._presence.check()
                 await self._aggregated(seat.node, route, reason)
 
     async def _aggregated(self, node: Node, route: Route | None, reason: str) -> None:
@@ -71,7 +72,7 @@ class Attempt:
         record.path, record.reason = "aggregated", reason
         leg = self._leg(node)
         try:
-            deadline = Deadline(self._plane.settings.whole_answer_timeout_s, "answer")
+            deadline = Deadline(self._plane.settings.whole_answer_timeout_s, "answer", is_everybodys=True)
             answer = await leg.open(request.asked.body, request.headers, deadline)
             rules = rules_for(route.events if route else None, answer.headers)
             first = await leg.first_event(rules)

@@ -44,6 +44,8 @@ class Exchange:
 
     async def run(self) -> None:
         """Answer the client. Raises ProxyError, ClientGoneError; what a node answered, errors too, is passed on."""
+        if not self._continues:
+            self._plane.budget.deposit()
         route, reason = self._split()
         delivery = Delivery(self._plane, self._request, self._client, self._record)
         failure: NodeError | None = None
@@ -76,9 +78,10 @@ class Exchange:
 
     async def _until_some_node_is_usable(self, failure: NodeError | None) -> None:
         """Nodes that all went down together were most likely paused with their machine: wait a moment for them."""
-        fleet = self._plane.fleet
-        if failure is None and not fleet.has(Role.DECODE):
-            await fleet.until_usable(Role.DECODE)
+        if failure is None:
+            await self._plane.fleet.until_usable(Role.DECODE)
+            if self._plane.settings.without_prefill == "refuse":
+                await self._plane.fleet.until_usable(Role.PREFILL)
 
     def _may_retry(self, error: NodeError, failing: Node | None) -> bool:
         if failing is None or self._client.started or self._presence.gone is not None:
@@ -98,10 +101,10 @@ class Exchange:
         outcome = "failed"
         try:
             may = self._continues < retry.MOST_CONTINUATIONS and self._plane.budget.withdraw()
-            if not may or not (lost.sent.is_finished or lost.sent.can_go_on):
+            if not may or not (lost.sent.is_finished or lost.sent.can_resume):
                 raise lost.error
             logger.warning("request %s goes on without %s: %s", self._request.id, lost.lost.spec.name, lost.error)
-            await self._go_on(lost)
+            await self._resume(lost)
             outcome = "done"
         except CannotContinueError as exc:
             logger.warning("request %s could not go on without %s: %s", self._request.id, lost.lost.spec.name, exc)
@@ -109,7 +112,7 @@ class Exchange:
         finally:
             self._plane.metrics.resumed.count(outcome)
 
-    async def _go_on(self, lost: StreamLostError) -> None:
+    async def _resume(self, lost: StreamLostError) -> None:
         """Raises CannotContinueError, ClientGoneError."""
         rest = continued(self._request, self._client, lost, self._plane.fleet)
         if rest is None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from engines.base import JSONObject
-from engines.openai.continuation import Joint, continuation_body
+from engines.openai.continuation import Splice, continuation_body
 from engines.openai.request import Asked
 from engines.openai.routes import COMPLETIONS, HANDED_OFF
 
@@ -38,26 +38,26 @@ def continued(
     cached = None if prefilled.cached_tokens is None else {"cached_tokens": prefilled.cached_tokens}
     usage: JSONObject = {"prompt_tokens": prefilled.prompt_tokens, "prompt_tokens_details": cached}
     try:
-        joint = Joint(route, body, sent.first_event, usage, len(ids))
+        splice = Splice(route, body, sent.first_event, usage, len(ids))
         rest = continuation_body(route, body, prompt, ids, fleet.max_model_len(body.get("model")))
     except ValueError as exc:
         raise CannotContinueError(str(exc)) from exc
     if sent.is_finished or rest is None:
-        client.write(joint.ending(None if sent.is_finished else "length", 0))
+        client.write(splice.ending(None if sent.is_finished else "length", 0))
         client.finish()
         return None
     name = f"{request.id}-on".encode("latin-1")
     headers = [(key, name if key == b"x-request-id" else value) for key, value in request.headers]
     asked = Asked(rest, reason=None, is_text=True, tokens=len(rest["prompt"]))
-    return Request(COMPLETIONS.path, asked, f"{request.id}-on", headers), Continued(client, joint)
+    return Request(COMPLETIONS.path, asked, f"{request.id}-on", headers), Continued(client, splice)
 
 
 class Continued:
     """Stands where a client stands in an exchange, and writes into the answer that its client has begun to read."""
 
-    def __init__(self, client: Client, joint: Joint) -> None:
+    def __init__(self, client: Client, splice: Splice) -> None:
         self._client = client
-        self._joint = joint
+        self._joint = splice
         self.started = False
 
     def answer(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
@@ -72,7 +72,7 @@ class Continued:
     def write(self, chunk: bytes) -> None:
         if chunk:
             self.started = True
-            self._client.write(self._joint.joined(chunk))
+            self._client.write(self._joint.spliced(chunk))
 
     async def drained(self, stall_s: float) -> None:
         await self._client.drained(stall_s)

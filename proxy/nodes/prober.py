@@ -69,7 +69,7 @@ class Prober:
                     task.add_done_callback(lambda _, node=node: self._running.pop(node, None))  # type: ignore[misc]
             await asyncio.sleep(self._settings.probe_interval_s)
 
-    async def meet(self, nodes: Iterable[Node]) -> None:
+    async def probe_all(self, nodes: Iterable[Node]) -> None:
         """Probe these once, all at the same time."""
         await asyncio.gather(*(self.probe(node) for node in nodes))
 

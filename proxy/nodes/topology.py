@@ -44,7 +44,7 @@ def write(path: Path, nodes: Topology) -> None:
     unfinished.replace(path)
 
 
-async def follow(path: Path, applied: Stamp, fleet: Fleet, meet: Callable[[list[Node]], Awaitable[None]]) -> None:
+async def follow(path: Path, applied: Stamp, fleet: Fleet, probe_all: Callable[[list[Node]], Awaitable[None]]) -> None:
     """Apply every change of the file after the writing `applied`, for ever. One that cannot be used changes nothing.
 
     Nodes are probed before they come, so that they can serve when those they stand in for go.
@@ -53,15 +53,15 @@ async def follow(path: Path, applied: Stamp, fleet: Fleet, meet: Callable[[list[
     while True:
         stamp = stamp_of(path)
         if stamp != seen:
-            seen = await _apply(path, stamp, fleet, meet)
+            seen = await _apply(path, stamp, fleet, probe_all)
         await asyncio.sleep(_LOOK_EVERY_S)
 
 
-async def _apply(path: Path, stamp: Stamp, fleet: Fleet, meet: Callable[[list[Node]], Awaitable[None]]) -> Stamp:
+async def _apply(path: Path, stamp: Stamp, fleet: Fleet, probe_all: Callable[[list[Node]], Awaitable[None]]) -> Stamp:
     try:
         nodes, stamp = read(path)
         newcomers = fleet.newcomers(nodes)
-        await meet(newcomers)
+        await probe_all(newcomers)
         fleet.replace(nodes, newcomers)
     except TopologyError as exc:
         logger.warning("topology left as it was: %s", exc)

@@ -75,7 +75,7 @@ class Components:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """While this lasts the proxy serves."""
-        await self.prober.meet(self.fleet)  # who accepts requests knows the nodes: a new worker may not refuse
+        await self.prober.probe_all(self.fleet)  # who accepts requests knows the nodes: a new worker may not refuse
         self._add_tasks()
         try:
             async with self.supervisor.running():
@@ -97,7 +97,7 @@ class Components:
         if self.board.is_shared:
             add("board", self.sharing.run)
         if settings.topology_file:
-            follow = partial(topology.follow, settings.topology_file, self._applied, self.fleet, self.prober.meet)
+            follow = partial(topology.follow, settings.topology_file, self._applied, self.fleet, self.prober.probe_all)
             add("topology", follow)
         if settings.api_keys_file:
             add("keys", self.keys.follow)

@@ -19,6 +19,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -150,6 +151,36 @@ def _crowd(target: Target) -> tuple[float, int]:
     return most, figures["errors"] + CROWD - figures["requests"]
 
 
+def refusals(served: float, nodes: Nodes, scale: float) -> None:
+    """Print what it costs us to refuse, as a share of a served whole answer: without a key, and when it is full."""
+    requests = int(3000 * scale)
+    with tempfile.TemporaryDirectory() as folder:
+        keys = Path(folder) / "keys"
+        keys.write_text("key")
+        cases = {"401": ["--api-keys-file", str(keys)], "429": ["--max-in-flight", "1", "--max-queue", "0"]}
+        for status, flags in cases.items():
+            system = peers.ours(nodes, flags)
+            with running(system.command, 1) as process, contextlib.ExitStack() as stack:
+                target = Target(system, process)
+                wait_until(lambda url=f"http://127.0.0.1:{system.port}/readyz": httpx.get(url).is_success, "pd-proxy")  # type: ignore[misc]
+                if status == "429":  # one stream has the only place
+                    held = _loading(system.port, "stream", 1, 1, 100_000)
+                    child = stack.enter_context(subprocess.Popen([*held, str(PROMPT_BYTES)]))
+                    stack.callback(child.kill)
+                    time.sleep(1)
+                before, began = target.cpu_s(), time.monotonic()
+                if status == "429":
+                    time.sleep(2)
+                idle = (target.cpu_s() - before) / (time.monotonic() - began)
+                before, began = target.cpu_s(), time.monotonic()
+                figures = load(system.port, "whole", 16, requests, 1)
+                spent = target.cpu_s() - before - idle * (time.monotonic() - began)
+            if figures["errors"] != requests:
+                raise AssertionError(f"{requests - figures['errors']} of {requests} were not refused")
+            cost = spent / requests * 1e6
+            print(f"a {status}: {cost:.0f} µs, {cost / served:.2f} of a served answer")  # noqa: T201
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--install", action="store_true", help="put the peers into an environment of their own first")
@@ -193,6 +224,8 @@ def run(rounds: int, scale: float, example: Path | None) -> dict[str, list[Figur
                 started = time.monotonic()
                 results.setdefault(target.name, []).append(measure(target, scale))
                 print(f"round {number + 1} {target.name} {time.monotonic() - started:.0f} s", file=sys.stderr)  # noqa: T201
+        served = statistics.median(found["µs a whole answer"] for found in results["pd-proxy"])
+        refusals(served, nodes, scale)
     return results
 
 

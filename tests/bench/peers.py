@@ -50,14 +50,19 @@ def install() -> None:
     subprocess.run([ENVIRONMENT / "bin" / "pip", "install", "-q", *PINNED], check=True)
 
 
+def ours(nodes: Nodes, flags: Sequence[str] = ()) -> System:
+    port = free_port()
+    return System("pd-proxy", [sys.executable, "-P", "-m", "proxy.cli", "--port", str(port), *flags, *nodes.urls], port)
+
+
 def systems(nodes: Nodes, example: Path | None) -> list[System]:
     """The floor, a byte relay, pd-proxy, and every peer that is there."""
     python = sys.executable
-    relay, ours = free_port(), free_port()
+    relay = free_port()
     found = [
         System("direct", [], nodes.decode),
         System("relay", [python, str(HERE / "relay.py"), str(relay), str(nodes.decode)], relay),
-        System("pd-proxy", [python, "-P", "-m", "proxy.cli", "--port", str(ours), *nodes.urls], ours),
+        ours(nodes),
     ]
     if (router := ENVIRONMENT / "bin" / "vllm-router").exists():
         mode = ["--vllm-pd-disaggregation", "--kv-connector", "mooncake", "--policy", "round_robin"]

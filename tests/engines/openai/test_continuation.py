@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.base import JSONObject
-from engines.openai.continuation import Joint, SentTokens, can_be_continued, continuation_body
+from engines.openai.continuation import SentTokens, Splice, can_be_continued, continuation_body
 from engines.openai.routes import CHAT, COMPLETIONS, MESSAGES
 
 CHUNK = "data: %s\n\n"
@@ -86,7 +86,7 @@ def test_events_in_chunks_are_noted_as_they_are_in_pieces(reads: list[list[bytes
             told = [line for line in passed.split(b"\n") if line.startswith(b"data: ")]
         assert [without_ids(each) for each in told] == [without_ids(piece) for piece in pieces]
         assert quick.tokens == long.tokens
-        assert quick.can_go_on == long.can_go_on
+        assert quick.can_resume == long.can_resume
         assert quick.token_ids() == long.token_ids()
 
 
@@ -156,9 +156,9 @@ def test_before_an_ordinary_event_has_been_parsed_none_is_known() -> None:
 def test_reasoning_is_noticed_on_its_way() -> None:
     sent = SentTokens(hide=True)
     sent.feed(chat_event({"content": "a"}, [1]))
-    assert sent.can_go_on
+    assert sent.can_resume
     assert sent.in_frames(frame(chat_event({"reasoning": "so"}, [2]))) is not None
-    assert not sent.can_go_on
+    assert not sent.can_resume
 
 
 def test_a_client_that_asked_for_ids_gets_the_bytes_unchanged() -> None:
@@ -173,23 +173,23 @@ def test_tokens_whose_text_has_not_been_sent_come_again() -> None:
     sent = SentTokens(hide=True)
     for part in (event("a", [10]), event("b", [11]), event("", [12]), event("", [13])):
         sent.feed(part)
-    assert sent.can_go_on
+    assert sent.can_resume
     assert sent.token_ids() == [10, 11]
 
 
 def test_tokens_that_were_shown_may_not_come_again() -> None:
     sent = SentTokens(hide=False)
     sent.feed(event("a", [10]))
-    assert sent.can_go_on
+    assert sent.can_resume
     sent.feed(event("", [11]))
-    assert not sent.can_go_on
+    assert not sent.can_resume
 
 
 @pytest.mark.parametrize("last", [event("bc", [11, 12]), event("b", None), event("b", [])])
 def test_where_the_tokens_are_not_known_one_by_one_nothing_goes_on(last: bytes) -> None:
     sent = SentTokens(hide=True)
     sent.feed(event("a", [10]) + last)
-    assert not sent.can_go_on
+    assert not sent.can_resume
 
 
 def test_an_engines_death_as_an_event_is_kept_from_the_client() -> None:
@@ -256,9 +256,9 @@ def test_without_any_limit_there_is_no_continuation() -> None:
 def test_a_continuation_speaks_in_the_name_of_the_stream_it_continues() -> None:
     head = b'{"id":"chatcmpl-9","object":"chat.completion.chunk","created":7,"model":"m","choices":[]}'
     body = {"messages": [], "stream_options": {"include_usage": True}}
-    joint = Joint(CHAT, body, head, {"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 2}}, sent=3)
+    splice = Splice(CHAT, body, head, {"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 2}}, sent=3)
     usage = b'data: {"id":"x","choices":[],"usage":{"prompt_tokens":8,"completion_tokens":2,"total_tokens":10}}\n\n'
-    made = joint.joined(event("b", [9], "length") + usage + b"data: [DONE]\n\n").decode()
+    made = splice.spliced(event("b", [9], "length") + usage + b"data: [DONE]\n\n").decode()
     text, counted, done, _ = made.split("\n\n")
     choice = json.loads(text[6:])["choices"][0]
     assert json.loads(text[6:])["id"] == "chatcmpl-9"
@@ -279,8 +279,8 @@ def test_line_ends_of_two_bytes_and_keep_alives_change_nothing(cuts: set[int], c
     seen = b"".join(sent.feed(whole[a:b]) for a, b in pairwise(edges))
     assert sent.token_ids() == [10, 11, 12]
     assert sent.is_done
-    assert sent.can_go_on is False or sent.tokens == 2
+    assert sent.can_resume is False or sent.tokens == 2
     assert seen.count(b"data: ") == 3
     assert json.loads(sent.first_event)["choices"][0]["text"] == "a"
-    joint = Joint(COMPLETIONS, {}, sent.first_event, {"prompt_tokens": 1}, 1)
-    assert joint.joined(seen).count(b"data: ") == 3
+    splice = Splice(COMPLETIONS, {}, sent.first_event, {"prompt_tokens": 1}, 1)
+    assert splice.spliced(seen).count(b"data: ") == 3

@@ -313,6 +313,7 @@ class Outcome:
     metrics: Metrics
     error: BaseException | None
     presence: Presence
+    budget: RetryBudget
 
 
 async def play(world: World, body: dict[str, Any], disturbance: str) -> Outcome:
@@ -320,7 +321,9 @@ async def play(world: World, body: dict[str, Any], disturbance: str) -> Outcome:
     nodes, metrics, client = fleet(), Metrics(), FakeClient()
     clients = cast("Any", ScriptedClients(world))
     releaser = Releaser(nodes, clients, metrics, [])
-    plane = DataPlane(ProxySettings(), nodes, clients, metrics, releaser, RetryBudget())
+    budget = RetryBudget()
+    budget._left = 5
+    plane = DataPlane(ProxySettings(), nodes, clients, metrics, releaser, budget)
     request = Request("/v1/completions", asked("/v1/completions", orjson.dumps(body)), "id", [])
     presences: list[Presence] = []
 
@@ -345,7 +348,7 @@ async def play(world: World, body: dict[str, Any], disturbance: str) -> Outcome:
         error = exc
     with suppress(TimeoutError):
         await releaser.close(within_s=5)
-    return Outcome(world, nodes, client, metrics, error, presences[0])
+    return Outcome(world, nodes, client, metrics, error, presences[0], budget)
 
 
 def check(outcome: Outcome, disturbance: str) -> None:
@@ -420,6 +423,13 @@ def test_whatever_a_decode_node_does_the_client_may_go_at_every_step(behaviour: 
             break
     else:
         pytest.fail("it never came to an end")
+
+
+def test_every_request_pays_into_the_budget_of_retries_and_a_retry_takes_from_it() -> None:
+    body = {"prompt": "x", "max_tokens": 3, "model": "m"}
+    assert asyncio.run(play(World([], [], [], -1), dict(body), "nothing")).budget._left > 5
+    assert asyncio.run(play(World(["silent", "fails"], [], [], -1), dict(body), "nothing")).budget._left > 5
+    assert asyncio.run(play(World(["lost after it was read"], [], [], -1), dict(body), "nothing")).budget._left < 5
 
 
 def test_a_deadline_answers_the_client_and_lets_a_prefill_end() -> None:

@@ -158,7 +158,7 @@ def test_what_cannot_be_continued_rightly_ends_as_an_error_and_never_as_if_it_we
             list(stream)
 
 
-def test_when_nobody_can_go_on_the_stream_ends_as_an_error(trio: Trio) -> None:
+def test_when_nobody_can_resume_the_stream_ends_as_an_error(trio: Trio) -> None:
     for node in trio.decode:
         node.control(fault="drop-after", chunks=3)
     fields = {"ignore_eos": True}

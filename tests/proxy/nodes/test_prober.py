@@ -63,7 +63,7 @@ class Probed:
         monkeypatch.setattr(self.prober, "_get", get)
 
     def round(self) -> dict[str, str | None]:
-        asyncio.run(self.prober.meet(list(self.fleet)))
+        asyncio.run(self.prober.probe_all(list(self.fleet)))
         return {node.spec.name: node.why_not for node in self.fleet}
 
 
