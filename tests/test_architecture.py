@@ -15,6 +15,15 @@ DOES_IO = {
     "urllib.request", "httpx", "httptools", "uvicorn", "fastapi", "starlette", "psutil", "shutil", "tempfile",
 }  # fmt: skip
 EXEMPT = ("engines/sim/", "engines/plugins/")
+ROOMS = {
+    "upstream": {"errors"},
+    "downstream": {"errors", "upstream"},
+    "nodes": {"errors", "settings", "upstream"},
+    "routing": {"errors", "nodes"},
+    "exchange": {"errors", "metrics", "nodes", "routing", "settings", "upstream"},
+    "serving": {"downstream", "errors", "exchange", "metrics", "nodes", "routing", "settings", "upstream"},
+}
+"""Of the proxy: what each may import, besides itself."""
 IN_ENGINE_ONLY = {"torch", "vllm", "mooncake", "transformers", "tokenizers"}
 
 
@@ -27,6 +36,13 @@ def imports(file: Path) -> Iterator[str]:
             yield node.module
 
 
+def rooms_imported(file: Path) -> Iterator[str]:
+    """Names right below the package that a module in a room of it imports, relatively."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 2:
+            yield from [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+
+
 def modules(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
@@ -36,6 +52,24 @@ def test_packages_import_in_one_direction_only(package: str) -> None:
     forbidden = set(PACKAGES) - {package} - MAY_IMPORT[package]
     wrong = {(f.name, name) for f in modules(package) for name in imports(f) if name.split(".")[0] in forbidden}
     assert wrong == set()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_proxys_rooms_import_in_one_direction_only(room: str) -> None:
+    files = sorted((ROOT / "proxy" / room).glob("*.py"))
+    assert files
+    assert {(f.name, name) for f in files for name in rooms_imported(f) if name not in ROOMS[room]} == set()
+
+
+def test_the_proxy_names_no_engine() -> None:
+    """What it asks of one it asks `engines.base.Engine`."""
+    named = {
+        (f.name, name)
+        for f in modules("proxy")
+        for name in imports(f)
+        if name.startswith(("engines.vllm", "engines.sim"))
+    }
+    assert named == set()
 
 
 @pytest.mark.parametrize("package", PACKAGES)
