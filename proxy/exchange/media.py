@@ -7,7 +7,7 @@ import asyncio
 import base64
 import ipaddress
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import httpx
@@ -19,6 +19,8 @@ from ..settings import ProxySettings
 from .memory import Reservation
 
 _KINDS = ("image_url", "audio_url", "video_url")
+_NAMES_MEDIA = frozenset({*_KINDS, "source"})
+_CONTAINERS = (dict, list)
 _NO_MEDIA_IN = frozenset(
     {
         "prompt",
@@ -148,17 +150,18 @@ def remote_media(body: JSONObject, most_objects: int | None) -> Iterator[Place]:
     (vllm/renderers/chat_utils.py, entrypoints/anthropic/serving.py, entrypoints/pooling/scoring). Raises
     BadRequestError when there is too much to look through.
     """
-    todo: list[Any] = [value for key, value in body.items() if key not in _NO_MEDIA_IN]
+    todo: list[Any] = [
+        value for key, value in body.items() if isinstance(value, _CONTAINERS) and key not in _NO_MEDIA_IN
+    ]
     seen = 0
     while todo:
         value = todo.pop()
+        inner: Iterable[Any] = value
         if isinstance(value, dict):
-            yield from _places(value)
-            todo.extend(value.values())
-        elif isinstance(value, list):
-            todo.extend(value)
-        else:
-            continue
+            if not _NAMES_MEDIA.isdisjoint(value):
+                yield from _places(value)
+            inner = value.values()
+        todo += [each for each in inner if isinstance(each, _CONTAINERS)]
         seen += 1
         if most_objects is not None and seen > most_objects:
             raise BadRequestError(f"a request may have at most {most_objects} objects in its messages")

@@ -316,9 +316,9 @@ class Outcome:
     budget: RetryBudget
 
 
-async def play(world: World, body: dict[str, Any], disturbance: str) -> Outcome:
+async def play(world: World, body: dict[str, Any], disturbance: str, nodes: Fleet | None = None) -> Outcome:
     WatchedKV.all.clear()
-    nodes, metrics, client = fleet(), Metrics(), FakeClient()
+    nodes, metrics, client = nodes or fleet(), Metrics(), FakeClient()
     clients = cast("Any", ScriptedClients(world))
     releaser = Releaser(nodes, clients, metrics, [])
     budget = RetryBudget()
@@ -338,6 +338,7 @@ async def play(world: World, body: dict[str, Any], disturbance: str) -> Outcome:
         "client leaves": lambda: presences[0].end("client-left"),
         "deadline": lambda: presences[0].end("late"),
         "shutdown": task.cancel,
+        "decode node dies": lambda: next(n for n in nodes.of(Role.DECODE) if n.in_flight).failed("gone"),
         "nothing": lambda: None,
     }
     world.disturb = disturbances[disturbance]
@@ -448,6 +449,40 @@ def test_of_a_decode_node_that_takes_no_connection_another_gets_the_same_hand_of
     assert [kv.state for kv in WatchedKV.all] == [State.TAKEN]
     assert sum(count for (what, _), count in world.sent.items() if what == "prefill") == 1
     assert outcome.metrics.retries.values == {}
+
+
+def test_a_decode_node_that_dies_while_the_prefill_runs_costs_no_second_prefill() -> None:
+    """No decode node has seen the hand-off, so nothing binds it to the one that was chosen first."""
+    world = World([], [], [], 3)
+    body = {"prompt": "x", "max_tokens": 3, "stream": True, "model": "m"}
+    outcome = asyncio.run(play(world, body, "decode node dies"))
+    assert outcome.client.is_whole
+    assert [kv.state for kv in WatchedKV.all] == [State.TAKEN]
+    assert outcome.metrics.retries.values == {}
+    assert sorted(node.hand_offs for node in outcome.nodes.of(Role.DECODE)) == [0, 1]
+    assert next(node for node in outcome.nodes.of(Role.DECODE) if node.hand_offs).usable
+
+
+def test_a_continuation_holds_no_lease_of_the_node_it_lost() -> None:
+    """While the stream goes on elsewhere, nothing runs on the node that was lost."""
+    seen: list[list[int]] = []
+    world = World([], ["dies in mid-stream"], [], -1)
+    scripted = world.next
+
+    def spied(script: list[str], usual: str) -> str:
+        if world.sent.total() >= 2:  # the second prefill, that of the continuation
+            seen.append([node.in_flight for node in fleets[0].of(Role.DECODE)])
+        return scripted(script, usual)
+
+    fleets: list[Fleet] = []
+    world.next = spied  # type: ignore[method-assign]
+    made = fleet()
+    fleets.append(made)
+    body = {"prompt": "x", "max_tokens": 3, "stream": True, "model": "m"}
+    outcome = asyncio.run(play(world, body, "nothing", made))
+    assert outcome.client.is_whole
+    assert outcome.metrics.resumed.values == {"done": 1}
+    assert [1, 1] not in seen
 
 
 def test_a_prefill_nodes_refusal_of_our_body_is_not_the_clients() -> None:
