@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -33,9 +34,15 @@ logger = logging.getLogger("pd_proxy.nodes")
 _LATE_IN_A_ROW = 3
 """A busy machine answers late now and then; requests have deadlines of their own, and breakers."""
 
+_SOONEST = 0.25
+"""Of the probe interval: how soon after the last probe a closed connection may bring the next."""
+
 
 class Prober:
-    """Asks every node again and again, each at its own pace: one that hangs delays no other."""
+    """Asks every node again and again, each at its own pace: one that hangs delays no other.
+
+    The connection of the last probe is kept for the next, so that a death in between is heard at once.
+    """
 
     def __init__(  # noqa: PLR0913, PLR0917  what it asks with, and whom it tells
         self,
@@ -58,15 +65,15 @@ class Prober:
         self._late: dict[Node, int] = {}
         """Probes in a row that were not answered in time."""
         self._running: dict[Node, asyncio.Task[None]] = {}
+        self._began: dict[Node, float] = {}
+        """When the last probe of a node began, on the monotonic clock."""
 
     async def run(self) -> None:
         """Probe for ever."""
         while True:
             self._forget_the_gone()
             for node in self._fleet:
-                if node not in self._running:
-                    self._running[node] = task = asyncio.create_task(self.probe(node), name="probe")
-                    task.add_done_callback(lambda _, node=node: self._running.pop(node, None))  # type: ignore[misc]
+                self._begin(node)
             await asyncio.sleep(self._settings.probe_interval_s)
 
     async def probe_all(self, nodes: Iterable[Node]) -> None:
@@ -83,7 +90,7 @@ class Prober:
     async def probe(self, node: Node) -> None:
         """Ask a node all there is to ask, and note what was found. Raises nothing."""
         handed = node.all_handed_over  # before it is asked: these can be in its counters by now
-        began = time.monotonic()
+        began = self._began[node] = time.monotonic()
         try:
             await self._ask(node)
         except _LateError as exc:
@@ -101,6 +108,22 @@ class Prober:
         self._fleet.compare()
         self._fleet.saw_usable()
         self._after_a_probe()
+
+    def _begin(self, node: Node, wait_s: float = 0) -> None:
+        if node not in self._running:
+            self._running[node] = task = asyncio.create_task(self._probe_in(wait_s, node), name="probe")
+            task.add_done_callback(lambda _: self._running.pop(node, None))
+
+    async def _probe_in(self, wait_s: float, node: Node) -> None:
+        await asyncio.sleep(wait_s)
+        await self.probe(node)
+
+    def _closed(self, address: str) -> None:
+        """A server closed its connection: it may have died, and another life of it may be up before the next probe."""
+        for node in self._fleet:
+            if address in (node.spec.url, node.spec.bootstrap) and node.problem is None:
+                soonest = self._began.get(node, 0) + self._settings.probe_interval_s * _SOONEST
+                self._begin(node, max(soonest - time.monotonic(), 0))
 
     async def _ask(self, node: Node) -> None:
         """Raises _ProbeError, ValueError."""
@@ -155,7 +178,8 @@ class Prober:
         """`headers`: those for a node, its key among them, unless others are given. Raises _ProbeError."""
         client = self._clients.get(base)
         if client is None:
-            client = self._clients[base] = NodeClient("probed", base, self._settings.probe_timeout_s)
+            client = NodeClient("probed", base, self._settings.probe_timeout_s, partial(self._closed, base))
+            self._clients[base] = client
         deadline = Deadline(self._settings.probe_timeout_s, "answer")
         given = self._node_headers if headers is None else headers
         try:
@@ -179,6 +203,7 @@ class Prober:
         addresses = {address for node in nodes for address in (node.spec.url, node.spec.bootstrap)}
         self._progress = {node: seen for node, seen in self._progress.items() if node in nodes}
         self._late = {node: times for node, times in self._late.items() if node in nodes}
+        self._began = {node: began for node, began in self._began.items() if node in nodes}
         self._watch.forget_all_but(nodes)
         for address in self._clients.keys() - addresses:
             self._clients.pop(address).close()

@@ -3,9 +3,9 @@
 No locks and no server: a row has room for two writings, made in turn, each with a checksum in its head. A reader takes
 the newer one that is whole, so that a worker killed while it writes leaves what it wrote before; that holds on machines
 that write to memory in another order, too. One more row is the prober's: it is written by the one worker that probes
-the nodes for all. The
-rows are a tenth of a second old, and that is enough: a worker knows its own load exactly, and its part of the others'
-only guides the choice between nodes, and adds up to one `/health` and one `/metrics` whichever worker is asked.
+the nodes for all. The rows are a tenth of a second old, and that is enough: a worker knows its own load exactly, and
+its part of the others' only guides the choice between nodes, and adds up to one `/health` and one `/metrics` whichever
+worker is asked.
 """
 
 import fcntl
@@ -23,8 +23,8 @@ import orjson
 _WRITING_BYTES = 128 * 1024
 _ROW_BYTES = 2 * _WRITING_BYTES
 _HEAD = struct.Struct("<QdII")
-"""Number of the writing, time of it (monotonic, the same for all processes of a machine), length and CRC of the data.
-"""
+"""Number of the writing, time of it (monotonic, the same for all processes of a machine), length of the data, and the
+CRC of all of these."""
 _STALE_S = 3.0
 """A row that old is a dead worker's, and no longer counts."""
 
@@ -92,7 +92,8 @@ class Board:
             raise ValueError(f"a row of {len(raw)} bytes does not fit on the board")
         start = self._place(row, number)
         self._memory[start + _HEAD.size : start + _HEAD.size + len(raw)] = raw
-        self._memory[start : start + _HEAD.size] = _HEAD.pack(number, time.monotonic(), len(raw), zlib.crc32(raw))
+        now = time.monotonic()
+        self._memory[start : start + _HEAD.size] = _HEAD.pack(number, now, len(raw), _crc(number, now, raw))
 
     def _writing(self, row: int, which: int) -> tuple[int, float, bytes]:
         """Its number, time and data; the number is 0 when there is none, or it is being written just now."""
@@ -100,7 +101,7 @@ class Board:
         start = self._place(row, which)
         number, at, length, crc = _HEAD.unpack(self._memory[start : start + _HEAD.size])
         raw = self._memory[start + _HEAD.size : start + _HEAD.size + length]
-        return (number, at, raw) if number and zlib.crc32(raw) == crc else (0, 0.0, b"")
+        return (number, at, raw) if number and _crc(number, at, raw) == crc else (0, 0.0, b"")
 
     def close(self) -> None:
         """Leave the row to whoever comes next."""
@@ -125,6 +126,11 @@ class Board:
         except OSError:
             return False
         return True
+
+
+def _crc(number: int, at: float, raw: bytes) -> int:
+    """Of the head as well: a new number before the data of the writing before would pass old data off as the newest."""
+    return zlib.crc32(raw, zlib.crc32(_HEAD.pack(number, at, len(raw), 0)))
 
 
 def make_file(rows: int) -> Path:

@@ -8,6 +8,7 @@ busy connections a few times a second instead, so a deadline is kept within `_TI
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum, auto
@@ -32,13 +33,17 @@ Headers = list[tuple[bytes, bytes]]
 class NodeClient:
     """Requests to one node. Names in errors are the node's name, never its address: clients see them."""
 
-    def __init__(self, name: str, base_url: str, connect_timeout_s: float) -> None:
+    def __init__(
+        self, name: str, base_url: str, connect_timeout_s: float, on_close: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_close` is called when the node closes a connection that is kept for the next request."""
         parts = urlsplit(base_url)
         self._name = name
         self._host = parts.hostname or ""
         self._port = parts.port or 80
         self._host_header = parts.netloc.encode("ascii")
         self._connect_timeout_s = connect_timeout_s
+        self._on_close = on_close
         self._idle: list[_Connection] = []
         self._open: set[_Connection] = set()
         self._ticking: asyncio.TimerHandle | None = None
@@ -78,6 +83,7 @@ class NodeClient:
 
     def close(self) -> None:
         """Drop every connection, those in use included."""
+        self._drop_idle()
         for connection in tuple(self._open):
             connection.abort()
         if self._ticking is not None:
@@ -103,9 +109,10 @@ class NodeClient:
             connection.abort()
         return None
 
-    def _drop_idle(self) -> None:
-        while self._idle:
-            self._idle.pop().abort()
+    def _drop_idle(self, since: float = math.inf) -> None:
+        """Those that are idle since then or longer. The longest idle one comes first."""
+        while self._idle and self._idle[0].idle_since < since:
+            self._idle.pop(0).abort()
 
     async def _connect(self) -> "_Connection":
         loop = asyncio.get_running_loop()
@@ -133,13 +140,15 @@ class NodeClient:
 
     def _lost(self, connection: "_Connection") -> None:
         self._open.discard(connection)
-        if connection in self._idle:
+        if connection in self._idle:  # else it was dropped from here
             self._idle.remove(connection)
+            self._on_close()
 
     def _tick(self) -> None:
         now = time.monotonic()
         for connection in tuple(self._open):
             connection.check(now)
+        self._drop_idle(now - _KEEP_IDLE_S)
         later = asyncio.get_running_loop().call_later(_TICK_S, self._tick) if self._open else None
         self._ticking = later
 
@@ -358,10 +367,8 @@ class _Connection(asyncio.Protocol):
         self._finish()
 
     def check(self, now: float) -> None:
-        """Is it late, silent, or idle for too long?"""
+        """Is it late or silent?"""
         if self._state is _State.IDLE:
-            if now - self.idle_since > _KEEP_IDLE_S:
-                self.abort()
             return
         if self._sink is not None:
             if self._heard:

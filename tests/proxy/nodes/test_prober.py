@@ -198,3 +198,38 @@ def test_a_node_that_hangs_delays_the_probes_of_no_other(monkeypatch: pytest.Mon
 
     asyncio.run(asyncio.wait_for(story(), 30))
     assert asked["a"] == 1
+
+
+def test_a_node_that_dies_between_two_probes_is_noticed_at_once() -> None:
+    """Started again in between, it would be given hand-offs under the identity of its last life."""
+    answers = {"/health": b"", "/v1/models": models()(), "/metrics": b"", "/version": b'{"version": "0.32.0"}'}
+    connections: list[asyncio.StreamWriter] = []
+
+    async def until(it_is_so: Callable[[], bool]) -> None:
+        while not it_is_so():
+            await asyncio.sleep(0.01)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            raw = answers[head.split()[1].decode()]
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(raw), raw))
+
+    async def story() -> str | None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        fleet = Fleet(Topology(connector="NixlConnector", nodes=(Node(name="d", role=Role.DECODE, url=address),)))
+        (node,) = fleet
+        asking = Prober(ProxySettings(probe_interval_s=1000), fleet, TransferWatch(fleet), [], Pauses(), lambda: None)
+        running = asyncio.create_task(asking.run())
+        await until(lambda: node.usable)
+        asking._began.clear()  # long ago
+        server.close()
+        for connection in connections:
+            connection.transport.abort()
+        await until(lambda: not node.usable)
+        running.cancel()
+        await asking.close()
+        return node.why_not
+
+    assert asyncio.run(asyncio.wait_for(story(), 30)) == "cannot be reached for /health"

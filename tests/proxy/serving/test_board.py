@@ -52,20 +52,27 @@ def test_each_worker_reads_what_the_others_wrote(join: Join) -> None:
 
 
 @pytest.mark.parametrize("written_before", [1, 2, 3])
-def test_a_worker_killed_while_it_writes_leaves_what_it_wrote_before(join: Join, written_before: int) -> None:
-    writer, reader = join(0), join(1)
+@pytest.mark.parametrize("from_its_end", [False, True])
+def test_a_worker_killed_while_it_writes_leaves_what_it_wrote_before(
+    join: Join, written_before: int, from_its_end: bool
+) -> None:
+    """Whatever part of the writing has reached the memory, and whichever end of it came first."""
+    writer = join(0)
     for load in range(written_before):
         writer.write({"load": load})
     memory = writer._memory
     assert memory is not None
     before = memory[:]
     writer.write({"load": 99})
-    changed = [at for at, (old, new) in enumerate(zip(before, memory[:], strict=True)) if old != new]
-    for at in changed[len(changed) // 2 :]:
-        memory[at] = before[at]  # the second half of what it wrote never came
-    reader.read()
-    assert reader.others() == [{"load": written_before - 1}]
-    heir = join(0)
+    after = memory[:]
+    changed = [at for at, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+    if from_its_end:
+        changed.reverse()
+    for at in changed:
+        reader = join(1)
+        assert reader.others() == [{"load": written_before - 1 if memory[:] != after else 99}]
+        memory[at] = before[at]
+    heir, reader = join(0), join(1)
     assert heir.inherited == {"load": written_before - 1}
     heir.write({"load": 7})
     reader.read()
