@@ -29,7 +29,7 @@ test-quick: .venv/installed
 # What the proxy costs, side by side with its peers, which get an environment of their own in the user's cache folder.
 BENCH_FLAGS ?= --install --chart bench.png
 bench: .venv/installed
-	@$(BIN)/pip install -q '.[bench]'
+	@$(BIN)/pip install -q --editable '.[bench]'
 	@$(BIN)/python -m tests.bench $(BENCH_FLAGS)
 
 lint: .venv/installed

@@ -1,5 +1,7 @@
 """vLLM behind the words of `Engine`: what the proxy asks of a node's software, by its version."""
 
+from functools import lru_cache
+
 import orjson
 from packaging.version import InvalidVersion, Version
 
@@ -56,7 +58,12 @@ class VLLM:
         return bodies.is_released_by_refusal(status, error_kind)
 
     def survives_refusals(self, version: str) -> bool:
-        try:
-            return Version(version) >= _SURVIVES_REFUSALS
-        except InvalidVersion:
-            return True  # a build of one's own; those are new
+        return _survives_refusals(version)
+
+
+@lru_cache(maxsize=64)
+def _survives_refusals(version: str) -> bool:
+    try:
+        return Version(version) >= _SURVIVES_REFUSALS
+    except InvalidVersion:
+        return True  # a build of one's own; those are new

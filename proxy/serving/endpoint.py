@@ -78,6 +78,7 @@ class Endpoint:
         self._receiver = receiver
         self._memory = memory
         self._node_headers = node_headers
+        self._refusals = logs.Refusals()
 
     def __call__(self, request: ClientRequest) -> Coroutine[Any, Any, None] | None:
         """Refuse it at once, or return what answers it."""
@@ -93,7 +94,8 @@ class Endpoint:
             is_inside = self._admission.try_enter()
         except ProxyError as exc:
             self._refuse(request, record, exc)
-            self._account(record, exc.for_the_log)
+            self._account(record)
+            self._refusals.log(record, exc.for_the_log)
             return None
         return self._serve(request, record, timeout_s, is_inside=is_inside)
 
@@ -132,7 +134,9 @@ class Endpoint:
             late.cancel()
             client.on_gone = None
             metrics.in_flight -= 1
-            self._account(record, error)
+            self._account(record)
+            if error or self._settings.log_requests:
+                logs.request(record, error)
 
     async def _admitted(
         self, client: ClientRequest, record: Record, presence: Presence, timeout_s: float, *, is_inside: bool
@@ -221,8 +225,8 @@ class Endpoint:
             headers.append((b"www-authenticate", b"Bearer"))
         client.answer(error.status, headers, orjson.dumps(told))
 
-    def _account(self, record: Record, error: str) -> None:
-        """One log line, and the metrics, once for a request."""
+    def _account(self, record: Record) -> None:
+        """The metrics, once for a request."""
         record.ended = record.ended or time.perf_counter()
         metrics, route, path = self._plane.metrics, record.route, record.path
         metrics.requests.count(route, path, str(record.status))
@@ -241,8 +245,6 @@ class Endpoint:
             metrics.prompt_tokens.count(path, by=record.prompt_tokens)
         if record.output_tokens:
             metrics.output_tokens.count(path, by=record.output_tokens)
-        if error or self._settings.log_requests:
-            logs.request(record, error)
 
 
 def _is_json(content_type: bytes) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 import time
 from typing import Literal
@@ -9,6 +10,8 @@ from typing import Literal
 from ..exchange.record import Record
 
 logger = logging.getLogger("pd_proxy.requests")
+
+_REFUSALS_LOGGED_EVERY_S = 1.0
 
 
 def configure(form: Literal["text", "json"]) -> None:
@@ -21,8 +24,31 @@ def configure(form: Literal["text", "json"]) -> None:
     logging.raiseExceptions = False
 
 
-def request(record: Record, error: str) -> None:
-    """One line for one request: what it was, which way it took, how long each stage was, how it ended."""
+class Refusals:
+    """The lines of requests that are refused on their head: one a second for each status. A flood of them costs its
+    senders nothing, and would fill the disk. The next line says how many had none.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[int, float] = {}
+        """When the last line of a status was written, on the record's clock."""
+        self._not_logged: dict[int, int] = {}
+        """How many there have been since."""
+
+    def log(self, record: Record, error: str) -> None:
+        status, now = record.status, record.ended
+        if now - self._last.get(status, -math.inf) < _REFUSALS_LOGGED_EVERY_S:
+            self._not_logged[status] = self._not_logged.get(status, 0) + 1
+            return
+        self._last[status] = now
+        request(record, error, not_logged=self._not_logged.pop(status, 0))
+
+
+def request(record: Record, error: str, *, not_logged: int = 0) -> None:
+    """One line for one request: what it was, which way it took, how long each stage was, how it ended.
+
+    `not_logged`: how many refused like it have no line.
+    """
     fields = {
         "request_id": record.request_id,
         "route": record.route,
@@ -43,6 +69,7 @@ def request(record: Record, error: str) -> None:
         "retries": record.retries or None,
         "resumed": record.resumed or None,
         "error": error or None,
+        "not_logged": not_logged or None,
     }
     words = " ".join(f"{name}={_word(value)}" for name, value in fields.items() if value not in (None, []))
     logger.log(logging.WARNING if record.status >= 500 else logging.INFO, words, extra={"fields": fields})
