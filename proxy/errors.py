@@ -15,6 +15,7 @@ ProxyError
     ├── NodeUnreachableError 502  ... it takes no connection: it has not got the request
     ├── NodeTimeoutError     504  ... by silence
     ├── NodeAnsweredError    5xx  ... by an answer that says so, or 429; its words stay here: they may tell of paths
+    ├── NodeFullError        503  ... by a first event that says so
     ├── NodeRejectsKeyError  502  ... it does not take the proxy's key
     └── NodeBrokeOffError    502  ... after its answer had begun
 
@@ -182,6 +183,22 @@ class NodeAnsweredError(NodeError):
         self.reason = str(status)
         self.body = body
         self.retry_after_s = _retry_after_s(headers)
+
+    @property
+    def is_the_nodes_own(self) -> bool:
+        """502 and 504 are of something in between: of what the node itself did they say nothing."""
+        return self.status not in (502, 504)
+
+
+class NodeFullError(NodeError):
+    """Said as the first event of a stream: its engine has not got the request."""
+
+    status = 503
+    kind = "ServiceUnavailableError"
+    reason = "503"
+
+    def __init__(self, node: str) -> None:
+        super().__init__(f"node {node} has no room for the request", "Its own log tells why")
 
 
 class NodeBrokeOffError(NodeError):

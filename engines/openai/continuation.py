@@ -20,6 +20,7 @@ from .sse import END_OF_EVENT, OPENAI_EVENTS, Splitter, events
 _IDS = re.compile(rb'"token_ids":\[([0-9,]*)\]')
 _PROMPT_IDS = re.compile(rb'"prompt_token_ids":\[[0-9,]*\]')
 _FINISHED = b'"finish_reason":"'
+_TEXT = re.compile(rb'"(?:content|text)":"[^"]')
 _REASONING = b'"reasoning":"'
 _END_OF_CHUNK = b"\n\n\r\n"
 _DONE = b"data: [DONE]"
@@ -57,6 +58,9 @@ _CANNOT = frozenset(
 )
 """Fields whose meaning depends on what was generated before, or whose output has a place in the whole."""
 
+_NUMBERS = ("max_tokens", "max_completion_tokens", "min_tokens")
+"""VLLM reads strings for numbers too; what is counted here must be one."""
+
 _PLAIN_TEXT = {"type": "text"}
 """A `response_format` that asks for nothing."""
 
@@ -87,6 +91,8 @@ def can_be_continued(route: Route, body: JSONObject) -> bool:
     options = body.get("stream_options") or {}
     if not isinstance(options, dict) or options.get("continuous_usage_stats"):
         return False
+    if not all(isinstance(body.get(field), int | None) for field in _NUMBERS):
+        return False
     shows_all = body.get("include_reasoning", True) is True  # else a node with a reasoning parser tells no token ids
     return shows_all and not any(body[field] and body[field] != _PLAIN_TEXT for field in _CANNOT & body.keys())
 
@@ -98,8 +104,11 @@ class SentTokens:
     chunks already (their lengths must stay right), else cut out.
     """
 
-    def __init__(self, *, hide: bool) -> None:
+    def __init__(self, *, hide: bool, needs_text: bool = False) -> None:
+        """`needs_text`: of an answer without any text yet nobody knows whether a parser holds its beginning back."""
         self._hide = hide
+        self._needs_text = needs_text
+        self._has_text = False
         self._splitter = Splitter()
         self._holds_rest = False
         self._ids = bytearray()
@@ -193,21 +202,29 @@ class SentTokens:
         without_text = self._tokens_without_text()
         if not self.first_event or self._has_reasoning or without_text is None:
             return False
+        if self._needs_text and not (self._has_text or len(self._ids) > self._fed):  # an ordinary event has text
+            return False
         return self._hide or without_text == 0  # ids that were shown may not come again
+
+    def all_token_ids(self) -> list[int]:
+        """Those without text too, as the one that ends an answer is."""
+        return [int(number) for number in self._ids.replace(b"]", b",").split(b",") if number]
 
     def token_ids(self) -> list[int]:
         """The tokens whose text has been sent. The last ones may have none yet (half a character): they come again."""
-        ids = [int(number) for number in self._ids.replace(b"]", b",").split(b",") if number]
+        ids = self.all_token_ids()
         without_text = self._tokens_without_text() or 0
         return ids[: len(ids) - without_text]
 
     def _note(self, data: bytes) -> None:
         if len(self._ids) > self._fed:
-            self._several_before = self._has_several()
+            self._several_before, self._has_text = self._has_several(), True
             self._reads.clear()
         self._reads.append(data)
         del self._reads[:-_REMEMBERED_READS]
         self._form = _form_of(data) or self._form
+        if not self._has_text and _TEXT.search(data):
+            self._has_text = True
         if _FINISHED in data:
             self.is_finished = True
         if _REASONING in data:

@@ -14,11 +14,17 @@ from .routes import CHAT, RESPONSES
 TRANSFER_KEYS = ("kv_transfer_params", "ec_transfer_params")
 """Never taken from a client: the wrong dictionary kills an engine or makes it dial any address (vLLM #47843)."""
 
+_EXTRA_ARGUMENTS = "vllm_xargs"
+"""vLLM's own way in: what a client puts there is where the engine looks for the transfer keys as well."""
+
 _HARMLESS_TRANSFER_KEY = "prompt_token_ids"
 """The one key of them that vLLM documents for clients: the prompt, tokenized by them (renderers/online_renderer.py)."""
 
 _TAKES_TOKEN_IDS = (CHAT.path, RESPONSES.path)
 _CHARACTERS_A_TOKEN = 4
+_TRUE = frozenset({"true", "1", "1.0", "yes", "y", "on", "t"})
+_FALSE = frozenset({"false", "0", "0.0", "no", "n", "off", "f"})
+"""What pydantic takes for a boolean."""
 _LARGE_VALUE_BYTES = 64 * 1024
 
 
@@ -64,31 +70,39 @@ def asked(path: str, raw: bytes) -> Asked:
         raise InvalidBodyError(f"the request body must be a JSON object, not {_json_type(parsed)}")
     body = _without_transfer_keys(path, parsed)
     _unwrap_single_prompt(body)
-    return Asked(body, _reason(body), _is_text_only(body.get("messages")), _tokens(body, len(raw)))
+    _read_stream(body)
+    return Asked(body, _reason(path, body), _is_text_only(body.get("messages")), _tokens(body, len(raw)))
 
 
 def without_large_values(request: Asked) -> Asked:
     """The same request with every large value as JSON text: quick to hand to another process, and to write again."""
-    for key, value in request.body.items():
-        if isinstance(value, str | list | dict):
-            text = orjson.dumps(value)
-            if len(text) > _LARGE_VALUE_BYTES:
-                request.body[key] = text
+    ids = request.body.get(TRANSFER_KEYS[0])
+    for values in (request.body, ids) if ids else (request.body,):
+        for key, value in values.items():
+            if isinstance(value, str | list | dict) and value is not ids:
+                text = orjson.dumps(value)
+                if len(text) > _LARGE_VALUE_BYTES:
+                    values[key] = text
     return request
 
 
 def with_fragments(request: Asked) -> Asked:
     """What `without_large_values` made, in a form that `orjson.dumps` takes."""
-    for key, value in request.body.items():
-        if isinstance(value, bytes):
-            request.body[key] = orjson.Fragment(value)
+    ids = request.body.get(TRANSFER_KEYS[0])
+    for values in (request.body, ids) if ids else (request.body,):
+        for key, value in values.items():
+            if isinstance(value, bytes):
+                values[key] = orjson.Fragment(value)
     return request
 
 
 def _without_transfer_keys(path: str, parsed: JSONObject) -> JSONObject:
     given = parsed.get("kv_transfer_params")
+    extra = parsed.get(_EXTRA_ARGUMENTS)
     for key in TRANSFER_KEYS:
         parsed.pop(key, None)
+        if isinstance(extra, dict):
+            extra.pop(key, None)
     if path in _TAKES_TOKEN_IDS and isinstance(given, dict) and given.get(_HARMLESS_TRANSFER_KEY) is not None:
         parsed["kv_transfer_params"] = {_HARMLESS_TRANSFER_KEY: given[_HARMLESS_TRANSFER_KEY]}
     return parsed
@@ -101,7 +115,17 @@ def _unwrap_single_prompt(body: JSONObject) -> None:
         body["prompt"] = prompt[0]
 
 
-def _reason(body: JSONObject) -> str | None:
+def _read_stream(body: JSONObject) -> None:
+    """VLLM takes "false" and 0 for False, so they must be that here too. What it does not take stays."""
+    given = body.get("stream")
+    if not isinstance(given, bool | str | int | float):
+        return
+    word = str(given).lower()
+    if word in _TRUE or word in _FALSE:
+        body["stream"] = word in _TRUE
+
+
+def _reason(path: str, body: JSONObject) -> str | None:
     """A hand-off carries the KV of exactly one sequence, and is skipped or refused by the engine for these fields."""
     if _asks_for(body, "n", 1) or _asks_for(body, "best_of", 1):
         return "many-choices"
@@ -113,10 +137,14 @@ def _reason(body: JSONObject) -> str | None:
         return "prompt-embeds"
     if body.get("prompt_logprobs") is not None or (body.get("echo") and body.get("logprobs") is not None):
         return "prompt-logprobs"
-    if body.get("max_tokens") == 0 or body.get("max_completion_tokens") == 0:
+    if _is_zero(body.get("max_tokens")) or _is_zero(body.get("max_completion_tokens")):
         return "no-output"
     if body.get("previous_response_id") is not None or body.get("background"):
         return "stored-response"  # its state lives in one node
+    if path == RESPONSES.path and _has_built_in_tools(body.get("tools")):
+        return "built-in-tools"  # the node asks its engine again for each turn, with the same hand-off
+    if not isinstance(body.get("stream"), bool | None):
+        return "refused"
     if not body.get("stream") and body.get("stream_options") is not None:
         return "refused"  # by every node; the prefill leg would take it, and hold KV for nothing
     return None
@@ -128,6 +156,20 @@ def _tokens(body: JSONObject, size: int) -> int:
     if isinstance(prompt, list):
         return len(prompt) if _is_ids(prompt) else size // _CHARACTERS_A_TOKEN
     return len(prompt) // _CHARACTERS_A_TOKEN if isinstance(prompt, str) else size // _CHARACTERS_A_TOKEN
+
+
+def _has_built_in_tools(tools: Any) -> bool:
+    return isinstance(tools, list) and any(
+        not isinstance(tool, dict) or tool.get("type") != "function" for tool in tools
+    )
+
+
+def _is_zero(value: Any) -> bool:
+    """As vLLM reads a number."""
+    try:
+        return not isinstance(value, dict | list) and value is not None and float(value) == 0
+    except ValueError:
+        return False
 
 
 def _asks_for(body: JSONObject, field: str, usual: int) -> bool:

@@ -29,6 +29,8 @@ class Route:
     """How its stream says that it failed, and that it is complete."""
     forwards_ids_as: Literal["prompt", "kv_transfer_params"] | None = None
     """Where the decode leg takes the prefill node's own token ids; None when its answer has none."""
+    takes_rank: bool = True
+    """The server heeds `X-data-parallel-rank`. Where it does not, the KV may lie in another rank than is told."""
     collects: bool = False
     """A stream of this route can be put together to its whole answer here (`collect.py`)."""
 
@@ -72,6 +74,7 @@ RESPONSES = Route(
     "max_output_tokens",
     ("input_tokens", "input_tokens_details"),
     RESPONSES_EVENTS,
+    takes_rank=False,
 )
 MESSAGES = Route(
     "/v1/messages",

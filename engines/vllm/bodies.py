@@ -32,6 +32,7 @@ _ONLY_SHAPES_THE_OUTPUT = frozenset(
 cost work for the one token that is thrown away. None of them changes the rendered prompt."""
 
 _IDS = b'"prompt_token_ids":['
+_FULL_QUEUE = "Service Unavailable"
 _NEVER_FITS = 2**31 - 1
 """More output tokens than any model has room for: vLLM refuses it, and tells the connector so."""
 
@@ -105,9 +106,12 @@ def release_body(model: object, transfer_params: JSONObject) -> JSONObject:
 def is_released_by_refusal(status: int, error_kind: str) -> bool:
     """Whether a decode node's error answer means that its serving layer has already freed the hand-off.
 
-    What is refused before (the schema, vLLM's "Bad Request"; a key; a full queue) it never saw.
+    What is refused before (the schema, vLLM's "Bad Request"; a key; a middleware's 503) it never saw. A full queue
+    (`--max-num-queued-reqs`) it did see: that is a 503 with vLLM's own type (v1/engine/async_llm.py, check_admission).
     """
-    return status in (400, 404, 500) and error_kind != "Bad Request"
+    if status == 503:
+        return error_kind == _FULL_QUEUE
+    return status in (400, 404, 422, 500, 501) and error_kind != "Bad Request"
 
 
 def _with_clients_ids(body: JSONObject, transfer_params: JSONObject | None) -> JSONObject | None:

@@ -46,6 +46,8 @@ class _Call:
         self._headers: list[tuple[bytes, bytes]] = []
         self._body: list[bytes] = []
         self._is_received = False
+        self._is_refused = False
+        """The body could not be had; whatever the application says to that, the answer is made here."""
 
     async def run(self, app: Any) -> None:
         request, connection = self._request, self._request.connection
@@ -78,7 +80,11 @@ class _Call:
     async def _receive(self) -> Message:
         if not self._is_received:
             self._is_received = True
-            body = await self._request.body(_MOST_BODY_BYTES, _Uncounted())
+            try:
+                body = await self._request.body(_MOST_BODY_BYTES, _Uncounted())
+            except (ClientGoneError, ProxyError):
+                self._is_refused = True
+                raise
             return {"type": "http.request", "body": body, "more_body": False}
         await asyncio.Event().wait()
         raise AssertionError
@@ -89,5 +95,5 @@ class _Call:
             self._headers = [pair for pair in message.get("headers", ()) if pair[0].lower() != b"content-length"]
             return
         self._body.append(message.get("body", b""))
-        if not message.get("more_body"):
+        if not message.get("more_body") and not self._is_refused:
             self._request.answer(self._status, self._headers, b"".join(self._body))

@@ -11,6 +11,8 @@ import uvloop
 
 _MOST_A_TURN = 32
 """Running streams go on between two crowds."""
+_TLS_CLOSE_S = 3600.0
+"""What is written when a connection closes may take as long as its client goes on taking it: the protocol watches."""
 
 
 class Loop(uvloop.Loop):
@@ -24,16 +26,18 @@ class Loop(uvloop.Loop):
         self, protocol_factory: Callable[[], asyncio.BaseProtocol], *args: Any, ssl: SSLContext | None = None, **kw: Any
     ) -> asyncio.AbstractServer:
         """As asyncio's. Raises what that raises."""
-        acceptor = _Acceptor(self, protocol_factory, ssl)
-        server = acceptor.server = await super().create_server(acceptor.made, *args, ssl=ssl, **kw)
+        tls: dict[str, Any] = {} if ssl is None else {"ssl": ssl, "ssl_shutdown_timeout": _TLS_CLOSE_S}
+        acceptor = _Acceptor(self, protocol_factory, tls)
+        server: asyncio.AbstractServer = await super().create_server(acceptor.made, *args, **(kw | tls))
+        acceptor.server = server
         return server
 
 
 class _Acceptor:
     """Whenever uvloop has taken one connection, others that wait are taken too."""
 
-    def __init__(self, loop: Loop, factory: Callable[[], asyncio.BaseProtocol], ssl: SSLContext | None) -> None:
-        self._loop, self._factory, self._ssl = loop, factory, ssl
+    def __init__(self, loop: Loop, factory: Callable[[], asyncio.BaseProtocol], tls: dict[str, Any]) -> None:
+        self._loop, self._factory, self._tls = loop, factory, tls
         self._is_due = False
         self._beginning: set[asyncio.Task[Any]] = set()
         self.server: Any = None  # before it is made, nobody comes
@@ -56,7 +60,7 @@ class _Acceptor:
 
     async def _begin(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError):  # gone again, or no TLS
-            begun: Any = await self._loop.connect_accepted_socket(self._factory, client, ssl=self._ssl)
+            begun: Any = await self._loop.connect_accepted_socket(self._factory, client, **self._tls)
             if not self.server.is_serving():  # whoever closed it has not seen this one
                 begun[0].close()
 

@@ -59,6 +59,9 @@ class Reading(Enum):
     CLOSED = auto()
 
 
+_SAY_NOTHING: Final = (Reading.LINGERING, Reading.CLOSED)
+
+
 class ClientProtocol(asyncio.Protocol):
     """The connection of one client."""
 
@@ -114,8 +117,8 @@ class ClientProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         reading = self._reading
-        if reading is Reading.COMPLETE:
-            self._hold(data)
+        if reading is Reading.COMPLETE or (reading is Reading.IDLE and self._held):
+            self._hold(data)  # what is held comes first, also in the moment before it is read
         elif reading is Reading.LINGERING:
             self._drop(len(data))
         elif reading is not Reading.CLOSED:
@@ -169,7 +172,8 @@ class ClientProtocol(asyncio.Protocol):
         return "https" if self._is_tls else "http"
 
     def write(self, data: bytes) -> None:
-        if data and self._reading is not Reading.CLOSED and not self._transport.is_closing():
+        """Nothing once the connection is lost, or the client was told that it is refused."""
+        if data and self._reading not in _SAY_NOTHING and not self._transport.is_closing():
             self._transport.write(data)
 
     def may_stay_open(self, request: ClientRequest) -> bool:
@@ -371,8 +375,9 @@ class ClientProtocol(asyncio.Protocol):
 
     def _check_closing(self, now: float) -> bool:
         """What was written before a close must be taken as well."""
-        if self._untaken_since == 0.0:
-            self._untaken_since = now
+        untaken = self._transport.get_write_buffer_size()
+        if untaken != self._untaken or self._untaken_since == 0.0:
+            self._untaken, self._untaken_since = untaken, now
         elif now - self._untaken_since > self._service.limits.stall_s:
             self._transport.abort()
         return False

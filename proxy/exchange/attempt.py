@@ -6,9 +6,17 @@ from engines.base import JSONObject, Prefilled, PrefillRefusedError, Rank, Role
 from engines.openai import continuation
 from engines.openai.continuation import SentTokens
 from engines.openai.errors import error_in
-from engines.openai.routes import Route
+from engines.openai.routes import CHAT, Route
 
-from ..errors import NodeAnsweredError, NodeError, NodeRefusedError, NodeRejectsKeyError, NoNodeError, NotServedError
+from ..errors import (
+    NodeAnsweredError,
+    NodeError,
+    NodeFullError,
+    NodeRefusedError,
+    NodeRejectsKeyError,
+    NoNodeError,
+    NotServedError,
+)
 from ..nodes.node import Lease, Node
 from ..routing.policy import choose
 from ..upstream.client import Answer
@@ -95,6 +103,8 @@ class Attempt:
         if prefill is None:
             return "no-prefill"
         rank = prefill.next_rank()
+        if rank is not None and rank.of > 1 and not route.takes_rank:
+            return "data-parallel"
         hand_off = self._plane.fleet.connector.hand_off(prefill.spec.bootstrap, rank)
         with PinnedKV(hand_off, self._request.asked.body.get("model"), self._plane.releaser) as kv:
             self._record.transfer_id = kv.id
@@ -230,8 +240,8 @@ class Attempt:
 
     def _choose_decode_again(self, seat: Lease) -> None:
         """No decode node has seen this hand-off yet, so nothing binds it to the one chosen before the prefill."""
-        node = seat.node
-        if node in self._avoid or not node.usable or node.breaker.is_resting(time.monotonic()):
+        node = seat.node  # one that is drained meanwhile finishes what it was chosen for
+        if node in self._avoid or not node.is_well or node.breaker.is_resting(time.monotonic()):
             other = choose(self._plane.fleet, Role.DECODE, self._avoid)
             if other is not node:
                 seat.move(other)
@@ -244,7 +254,7 @@ class Attempt:
         try:
             with self._presence.on_leave(see_off(deadline)):
                 return await leg.first_event(rules_for(route.events, answer.headers))
-        except NodeRefusedError:
+        except (NodeRefusedError, NodeFullError):
             kv.refused(freed=False)
             raise
         except NodeError:
@@ -283,12 +293,12 @@ class Attempt:
     def _noting_tokens(self, route: Route, leg_body: JSONObject, prefilled: Prefilled) -> SentTokens | None:
         """Have the decode leg tell its tokens, if its stream is one that could go on without its node."""
         asked = self._request.asked.body
-        if not self._plane.settings.resume or prefilled.token_ids is None:
+        if not self._plane.settings.resume or prefilled.token_ids is None or not self._request.asked.is_text:
             return None
         if not continuation.can_be_continued(route, asked):
             return None
         self._engine.tell_tokens(leg_body)
-        return SentTokens(hide=not asked.get("return_token_ids"))
+        return SentTokens(hide=not asked.get("return_token_ids"), needs_text=route is CHAT)
 
     def _took(self, node: Node, kv: PinnedKV, prefilled: Prefilled, began: float) -> None:
         """The decode node's first event is here."""
@@ -303,7 +313,8 @@ class Attempt:
         if kv.state is not State.OFFERED:
             return
         if isinstance(error, NodeAnsweredError):
-            self._refuse(kv, error.status, error.body)
+            if error.is_the_nodes_own:
+                self._refuse(kv, error.status, error.body)
         elif isinstance(error, NodeRejectsKeyError):
             kv.refused(freed=False)
 

@@ -8,7 +8,15 @@ from engines.base import JSONObject
 from engines.openai.errors import error_in
 from engines.openai.sse import OPENAI_EVENTS, EventRules, Splitter, events
 
-from ..errors import NodeAnsweredError, NodeBrokeOffError, NodeError, NodeRefusedError, NodeRejectsKeyError
+from ..errors import (
+    BadRequestError,
+    NodeAnsweredError,
+    NodeBrokeOffError,
+    NodeError,
+    NodeFullError,
+    NodeRefusedError,
+    NodeRejectsKeyError,
+)
 from ..nodes.node import Node
 from ..upstream.client import Answer, Headers
 from ..upstream.deadline import Deadline
@@ -44,13 +52,17 @@ class Leg:
     ) -> Answer:
         """Send it; the answer when its head is here: 200, or a status that is not the node's failure.
 
-        Raises NodeAnsweredError for a status that is, NodeRejectsKeyError for 401 and 403.
+        Raises NodeAnsweredError for a status that is, NodeRejectsKeyError for 401 and 403, BadRequestError.
         """
+        try:
+            raw = orjson.dumps(body)
+        except TypeError as exc:  # what can be read may be nested deeper than what can be written
+            raise BadRequestError("the request body is nested too deeply") from exc
         self._record.nodes.append(self.node.spec.name)
         self._plane.metrics.node_requests.count(self.node.spec.name)
         try:
             answer = self._answer = await self._plane.clients.of(self.node).request(
-                b"POST", self._path.encode(), headers, orjson.dumps(body), deadline=deadline, on_sent=on_sent
+                b"POST", self._path.encode(), headers, raw, deadline=deadline, on_sent=on_sent
             )
             if answer.status != 200:
                 await self._judge(answer)
@@ -124,7 +136,7 @@ class Leg:
             read.append(chunk)
             whole += self._cut(splitter, chunk)
         failure = rules.error_in(whole)
-        if failure is not None and not rules.before_error(whole).strip(b"\n"):
+        if failure is not None and not _has_event(rules.before_error(whole)):  # comments are none
             raise self._failure(failure)
         return b"".join(read)
 
@@ -137,6 +149,8 @@ class Leg:
     def _failure(self, data: bytes) -> NodeError | NodeRefusedError:
         error = error_in(data)
         code = error.get("code")
+        if code == 503:
+            return NodeFullError(self.node.spec.name)
         if isinstance(code, int) and 400 <= code < 500:
             return NodeRefusedError(self.node.spec.name, code, error)
         return NodeError(f"node {self.node.spec.name} began its answer with an error", "Its own log tells why")

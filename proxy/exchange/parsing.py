@@ -100,6 +100,13 @@ def _values_a_byte(raw: bytes) -> float:
 
 def _parse(path: str, raw: bytes) -> Asked:
     found = asked(path, raw)
+    try:
+        return without_large_values(_without_remote_media(found))
+    except TypeError as exc:
+        raise InvalidBodyError("the request body is nested too deeply") from exc
+
+
+def _without_remote_media(found: Asked) -> Asked:
     if any(True for _ in remote_media(found.body, most_objects=None)):
         raise InvalidBodyError("a body as large as this may not name media to be fetched; send them as data: URLs")
-    return without_large_values(found)
+    return found

@@ -75,7 +75,7 @@ class Releaser:
         problem: ProxyError | None = None
         for _ in range(_TRIES):
             try:
-                node = choose(self._fleet, Role.DECODE)
+                node = self._chosen()
                 if not self._fleet.engine.survives_refusals(node.version):
                     return "unsupported"
                 await self._be_refused(node, body)
@@ -90,6 +90,16 @@ class Releaser:
         logger.warning("a hand-off was not released, and expires by itself: %s", problem)
         return "failed"
 
+    def _chosen(self) -> Node:
+        """A decode node; one that is drained will do. Raises NoNodeError."""
+        try:
+            return choose(self._fleet, Role.DECODE)
+        except NoNodeError:
+            drained = next((node for node in self._fleet.of(Role.DECODE) if node.is_well), None)
+            if drained is None:
+                raise
+            return drained
+
     async def _be_refused(self, node: Node, body: bytes) -> None:
         """Raises NodeError when the node is not reached, or does not refuse."""
         with node.lease():
@@ -101,6 +111,8 @@ class Releaser:
             finally:
                 answer.close()
         kind = str(error_in(raw).get("type", ""))
+        if answer.status in (502, 504):  # of something in between: it may have been received
+            raise NodeError(f"node {node.spec.name} answered {answer.status}")
         if answer.status != 200 and not self._fleet.engine.is_freed_by_refusal(answer.status, kind):
             raise _NotHeardError(f"node {node.spec.name} answered {answer.status} before its engine heard of it")
 

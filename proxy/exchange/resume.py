@@ -34,7 +34,8 @@ def continued(
     """
     prefilled, sent, body = lost.prefilled, lost.sent, request.asked.body
     route = HANDED_OFF[request.path]
-    prompt, ids = orjson.loads(prefilled.token_ids or b"[]"), sent.token_ids()
+    prompt = orjson.loads(prefilled.token_ids or b"[]")
+    ids = sent.all_token_ids() if sent.is_finished else sent.token_ids()
     cached = None if prefilled.cached_tokens is None else {"cached_tokens": prefilled.cached_tokens}
     usage: JSONObject = {"prompt_tokens": prefilled.prompt_tokens, "prompt_tokens_details": cached}
     try:

@@ -50,6 +50,8 @@ class Node:
     """Hand-offs this decode node took, and their prompts' tokens."""
     elsewhere: Share = field(default_factory=Share)
     """What the proxy's other worker processes have of these three."""
+    probed_at: float = 0.0
+    """When the last probe of it that ended had begun, on the monotonic clock."""
     failed_at: float = 0.0
     """When it was last found to fail, on the monotonic clock: what was seen before then counts no more."""
     _turn: int = 0
@@ -68,7 +70,13 @@ class Node:
         return self.hand_offs + self.elsewhere.hand_offs, self.handed_tokens + self.elsewhere.handed_tokens
 
     @property
+    def is_well(self) -> bool:
+        """Fit to finish what it has begun."""
+        return self.problem is None and self.misfit is None
+
+    @property
     def usable(self) -> bool:
+        """Fit for what is new."""
         return self.problem is None and self.misfit is None and not self.spec.drain
 
     @property

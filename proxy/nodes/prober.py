@@ -65,8 +65,8 @@ class Prober:
         self._late: dict[Node, int] = {}
         """Probes in a row that were not answered in time."""
         self._running: dict[Node, asyncio.Task[None]] = {}
-        self._began: dict[Node, float] = {}
-        """When the last probe of a node began, on the monotonic clock."""
+        self._asked: list[Node] = []
+        """Nodes that are being probed now; newcomers are, before they are in the fleet."""
 
     async def run(self) -> None:
         """Probe for ever."""
@@ -90,7 +90,8 @@ class Prober:
     async def probe(self, node: Node) -> None:
         """Ask a node all there is to ask, and note what was found. Raises nothing."""
         handed = node.all_handed_over  # before it is asked: these can be in its counters by now
-        began = self._began[node] = time.monotonic()
+        began = time.monotonic()
+        self._asked.append(node)
         try:
             await self._ask(node)
         except _LateError as exc:
@@ -105,6 +106,9 @@ class Prober:
         else:
             self._late.pop(node, None)
             self._watch.observe(node, *handed)
+        finally:
+            self._asked.remove(node)
+        node.probed_at = began
         self._fleet.compare()
         self._fleet.saw_usable()
         self._after_a_probe()
@@ -122,7 +126,7 @@ class Prober:
         """A server closed its connection: it may have died, and another life of it may be up before the next probe."""
         for node in self._fleet:
             if address in (node.spec.url, node.spec.bootstrap) and node.problem is None:
-                soonest = self._began.get(node, 0) + self._settings.probe_interval_s * _SOONEST
+                soonest = node.probed_at + self._settings.probe_interval_s * _SOONEST
                 self._begin(node, max(soonest - time.monotonic(), 0))
 
     async def _ask(self, node: Node) -> None:
@@ -199,11 +203,10 @@ class Prober:
         return raw
 
     def _forget_the_gone(self) -> None:
-        nodes = set(self._fleet)
+        nodes = {*self._fleet, *self._asked}
         addresses = {address for node in nodes for address in (node.spec.url, node.spec.bootstrap)}
         self._progress = {node: seen for node, seen in self._progress.items() if node in nodes}
         self._late = {node: times for node, times in self._late.items() if node in nodes}
-        self._began = {node: began for node, began in self._began.items() if node in nodes}
         self._watch.forget_all_but(nodes)
         for address in self._clients.keys() - addresses:
             self._clients.pop(address).close()

@@ -51,7 +51,7 @@ class TransferWatch:
 
     def adopt(self, node: Node, verdict: Verdict, arrived: float) -> None:
         """What another worker of this proxy, which probes for all, found."""
-        seen = self._seen.setdefault(node, _Seen(node.gauges.transferred, node.gauges.computed, *node.all_handed_over))
+        seen = self._seen[node] = _Seen(node.gauges.transferred, node.gauges.computed, *node.all_handed_over)
         seen.verdict, seen.total_arrived = verdict, arrived
 
     def observe(self, node: Node, hand_offs: int, tokens: int) -> None:

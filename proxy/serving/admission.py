@@ -33,7 +33,7 @@ class Admission:
 
         Raises OverloadedError when the queue is full, too.
         """
-        if not self.waiting and self._may_enter():
+        if not self._queues and self._may_enter():
             self.inside += 1
             return True
         if self.waiting >= self._most_waiting:

@@ -22,6 +22,8 @@ import orjson
 
 _WRITING_BYTES = 128 * 1024
 _ROW_BYTES = 2 * _WRITING_BYTES
+_FINDINGS_BYTES = 4 * 2**20
+"""Of one writing of the prober's: every node's model cards are in it, some 500 bytes for each LoRA adapter."""
 _HEAD = struct.Struct("<QdII")
 """Number of the writing, time of it (monotonic, the same for all processes of a machine), length of the data, and the
 CRC of all of these."""
@@ -44,8 +46,9 @@ class Board:
         """What the row's last owner, a worker that died, had written: its counts go on, or they would fall."""
         if file is not None:
             self._file = file.open("r+b")  # open as long as we live: the lock on our row goes with it
-            self._rows = os.fstat(self._file.fileno()).st_size // _ROW_BYTES - 1
-            self._memory = mmap.mmap(self._file.fileno(), (self._rows + 1) * _ROW_BYTES)
+            size = os.fstat(self._file.fileno()).st_size
+            self._rows = (size - 2 * _FINDINGS_BYTES) // _ROW_BYTES
+            self._memory = mmap.mmap(self._file.fileno(), size)
             self._row = self._free_row()
             self.read()
             self._written, _, self.inherited = self._read.pop(self._row, (0, 0.0, None))
@@ -81,27 +84,30 @@ class Board:
     def read(self) -> None:
         """Read of each row the newer of its writings that are whole. What cannot be read stays as it was."""
         for row in range(self._rows + 1):
-            number, at, raw = max(self._writing(row, 0), self._writing(row, 1))
-            if number > self._read.get(row, (0,))[0]:
+            known = self._read.get(row, (0,))[0]
+            number, at, raw = max(self._writing(row, 0, known), self._writing(row, 1, known))
+            if number:
                 self._read[row] = number, at, orjson.loads(raw)
 
     def _write(self, row: int, number: int, data: dict[str, Any]) -> None:
         assert self._memory is not None  # noqa: S101  asked by whoever calls
         raw = orjson.dumps(data)
-        if len(raw) > _WRITING_BYTES - _HEAD.size:
+        if len(raw) > self._bytes_of(row) - _HEAD.size:
             raise ValueError(f"a row of {len(raw)} bytes does not fit on the board")
         start = self._place(row, number)
         self._memory[start + _HEAD.size : start + _HEAD.size + len(raw)] = raw
         now = time.monotonic()
         self._memory[start : start + _HEAD.size] = _HEAD.pack(number, now, len(raw), _crc(number, now, raw))
 
-    def _writing(self, row: int, which: int) -> tuple[int, float, bytes]:
-        """Its number, time and data; the number is 0 when there is none, or it is being written just now."""
+    def _writing(self, row: int, which: int, known: int) -> tuple[int, float, bytes]:
+        """Its number, time and data; the number is 0 when it is not after `known`, or is being written just now."""
         assert self._memory is not None  # noqa: S101
         start = self._place(row, which)
         number, at, length, crc = _HEAD.unpack(self._memory[start : start + _HEAD.size])
+        if number <= known:
+            return 0, 0.0, b""
         raw = self._memory[start + _HEAD.size : start + _HEAD.size + length]
-        return (number, at, raw) if number and _crc(number, at, raw) == crc else (0, 0.0, b"")
+        return (number, at, raw) if _crc(number, at, raw) == crc else (0, 0.0, b"")
 
     def close(self) -> None:
         """Leave the row to whoever comes next."""
@@ -109,10 +115,13 @@ class Board:
             self._memory.close()
             self._file.close()
 
-    @staticmethod
-    def _place(row: int, number: int) -> int:
+    def _bytes_of(self, row: int) -> int:
+        """Of one of its two writings."""
+        return _FINDINGS_BYTES if row == self._rows else _WRITING_BYTES
+
+    def _place(self, row: int, number: int) -> int:
         """Where a row's writing begins."""
-        return row * _ROW_BYTES + number % 2 * _WRITING_BYTES
+        return row * _ROW_BYTES + number % 2 * self._bytes_of(row)
 
     def _free_row(self) -> int:
         for row in range(self._rows):
@@ -137,6 +146,6 @@ def make_file(rows: int) -> Path:
     """An empty board of so many rows, in shared memory where there is some."""
     folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108  shared memory is what it is for
     handle, name = tempfile.mkstemp(prefix="pd-proxy-board-", dir=folder)
-    os.truncate(handle, (rows + 1) * _ROW_BYTES)
+    os.truncate(handle, rows * _ROW_BYTES + 2 * _FINDINGS_BYTES)
     os.close(handle)
     return Path(name)

@@ -39,7 +39,8 @@ def text(metrics: Metrics, board: Board, fleet: Fleet, watch: TransferWatch, dow
     registry.register(_Own(metrics, counted, now))
     registry.register(_Nodes(fleet, watch))
     registry.register(_Build(tuple(down)))
-    ProcessCollector(registry=registry)
+    if not board.is_shared:  # else each scrape would tell of another process
+        ProcessCollector(registry=registry)
     return generate_latest(registry)
 
 

@@ -4,6 +4,7 @@ One worker probes for all. When it dies another one does.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from engines.base import Gauges, JSONObject, NodeFacts, Rank
@@ -14,6 +15,8 @@ from ..nodes.node import Node, Share
 from ..nodes.prober import Prober
 from ..nodes.transfer import TransferWatch
 from .board import Board
+
+logger = logging.getLogger("pd_proxy.workers")
 
 _SHARE_EVERY_S = 0.1
 _TRY_TO_LEAD_EVERY_S = 0.25
@@ -74,7 +77,10 @@ class Sharing:
     def publish(self) -> None:
         """What the probes found, to the workers that do not probe; called after every probe here."""
         if self._board.is_shared and self._board.lead():
-            self._board.write_findings({node.spec.name: self._finding(node) for node in self._fleet})
+            try:
+                self._board.write_findings({node.spec.name: self._finding(node) for node in self._fleet})
+            except ValueError as exc:  # probing goes on
+                logger.warning("the other workers are not told what the probes found: %s", exc)
 
     def _take_in_the_others(self) -> None:
         alive, all_rows = self._board.others(), self._board.others(alive=False)
@@ -94,6 +100,7 @@ class Sharing:
         gauges = node.gauges
         return {
             "url": node.spec.url,
+            "probed_at": node.probed_at,
             "problem": node.problem,
             "ranks": [[rank.number, rank.engine_id, rank.of] for rank in node.ranks],
             "models": node.models,
@@ -114,13 +121,16 @@ class Sharing:
         self._adopted_at, nodes = found
         for node in self._fleet:
             finding = nodes.get(node.spec.name)
-            if finding is not None and finding["url"] == node.spec.url and node.failed_at < self._adopted_at:
+            if finding is None or finding["url"] != node.spec.url:
+                continue
+            if max(node.failed_at, node.probed_at) < finding["probed_at"]:  # what is known here may be newer
                 self._adopt(node, finding)
         self._fleet.compare()
         self._fleet.saw_usable()
         self._after()
 
     def _adopt(self, node: Node, finding: JSONObject) -> None:
+        node.probed_at = finding["probed_at"]
         if finding["problem"] is not None:
             node.failed(finding["problem"])
             return

@@ -46,6 +46,7 @@ class Shutdown:
 
         def close(number: int, frame: FrameType | None) -> None:
             self._is_closed = True
+            self._begin_closing()
             self._ends_at = time.monotonic() + self._grace_s
             stop(number, frame)
 
@@ -56,8 +57,7 @@ class Shutdown:
                 close(number, frame)
             else:
                 self.has_begun = True
-                if self.service is not None:
-                    self.service.is_closing = True
+                self._begin_closing()
                 loop.call_soon_threadsafe(loop.call_later, self._delay_s, close, number, None)
 
         signal.signal(signal.SIGTERM, begin)
@@ -65,6 +65,11 @@ class Shutdown:
             yield
         finally:
             signal.signal(signal.SIGTERM, stop)
+
+    def _begin_closing(self) -> None:
+        """Every answer is its connection's last, that of a connection which is being made just now too."""
+        if self.service is not None:
+            self.service.is_closing = True
 
     def _end_running_answers(self) -> None:
         if self.service is not None:

@@ -37,7 +37,7 @@ class Supervisor:
 
     @property
     def is_hopeless(self) -> bool:
-        return any(restarts >= GIVEN_UP for restarts in self._in_a_row.values())
+        return any(self._in_a_row[name] >= GIVEN_UP for name in self.down)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -64,8 +64,8 @@ class Supervisor:
             if time.monotonic() - began > _HEALTHY_S:
                 wait_s = _FIRST_WAIT_S
                 self._in_a_row[name] = 0
-            self.down[name] = problem
             self._in_a_row[name] = self._in_a_row.get(name, 0) + 1
+            self.down[name] = problem
             self._metrics.task_restarts.count(name)
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)

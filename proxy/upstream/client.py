@@ -44,6 +44,7 @@ class NodeClient:
         self._host_header = parts.netloc.encode("ascii")
         self._connect_timeout_s = connect_timeout_s
         self._on_close = on_close
+        self._is_closed = False
         self._idle: list[_Connection] = []
         self._open: set[_Connection] = set()
         self._ticking: asyncio.TimerHandle | None = None
@@ -82,12 +83,14 @@ class NodeClient:
         return await self.request(b"GET", path, headers, b"", deadline=deadline)
 
     def close(self) -> None:
-        """Drop every connection, those in use included."""
+        """Drop every connection, those in use included, and make no more."""
+        self._is_closed = True
         self._drop_idle()
         for connection in tuple(self._open):
             connection.abort()
         if self._ticking is not None:
             self._ticking.cancel()
+            self._ticking = None
 
     @property
     def open_connections(self) -> int:
@@ -115,6 +118,8 @@ class NodeClient:
             self._idle.pop(0).abort()
 
     async def _connect(self) -> "_Connection":
+        if self._is_closed:
+            raise NodeUnreachableError(f"node {self._name} is no longer one of the proxy's nodes")
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_timeout_s):
@@ -438,7 +443,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._client._lost(self)  # noqa: SLF001
-        if self._state is _State.IN_BODY and not self._has_length and exc is None:
+        if self._state is _State.IN_BODY and not self._has_length and exc is None and self._error is None:
             self._state = _State.COMPLETE  # a body without a length ends with the connection
             if self._sink is not None:
                 self._deliver()

@@ -106,6 +106,17 @@ def test_several_choices_are_answered_by_one_node_and_leave_no_kv_behind(real_pa
     wait_until(lambda: real_pair.kv_in_use() == 0, "all KV to be free")
 
 
+@pytest.mark.parametrize("fields", [{"n": 2}, {"n": 1}, {"stream": "false"}])
+def test_transfer_keys_among_a_clients_extra_arguments_reach_no_engine(real_pair: Up, fields: dict[str, Any]) -> None:
+    """Sent to a node as they are, these end its engine (scheduler, `on_new_request`)."""
+    extra = {"kv_transfer_params": 0, "ec_transfer_params": ""}
+    body = {"model": "tiny", "prompt": "extra", "max_tokens": 4, "vllm_xargs": extra} | fields
+    assert http.post(f"{real_pair.url}/v1/completions", json=body, timeout=120).is_success
+    for url in (*real_pair.nodes("prefill"), *real_pair.nodes("decode")):
+        assert http.get(f"{url}/health", timeout=60).is_success
+    wait_until(lambda: real_pair.kv_in_use() == 0, "all KV to be freed")
+
+
 def test_a_client_that_leaves_in_the_middle_leaves_no_kv_behind(real_pair: Up) -> None:
     with openai_client(real_pair.url) as client:
         stream = client.completions.create(

@@ -284,3 +284,28 @@ def test_line_ends_of_two_bytes_and_keep_alives_change_nothing(cuts: set[int], c
     assert json.loads(sent.first_event)["choices"][0]["text"] == "a"
     splice = Splice(COMPLETIONS, {}, sent.first_event, {"prompt_tokens": 1}, 1)
     assert splice.spliced(seen).count(b"data: ") == 3
+
+
+def test_an_answer_without_text_yet_is_not_continued_where_a_parser_may_hold_its_beginning_back() -> None:
+    sent = SentTokens(hide=True, needs_text=True)
+    sent.feed(chat_event({"role": "assistant", "content": ""}, []))
+    sent.feed(chat_event({}, [151667]))
+    said_nothing = sent.can_resume
+    sent.feed(chat_event({"content": "Hello"}, [9]))
+    assert (said_nothing, sent.can_resume) == (False, True)
+    by_frames = SentTokens(hide=True, needs_text=True)
+    by_frames.feed(STREAM[0])
+    assert by_frames.in_frames(frame(event("x", [5]))) is not None
+    assert by_frames.can_resume
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "min_tokens"])
+def test_a_number_that_is_a_string_is_not_counted_with(field: str) -> None:
+    assert not can_be_continued(COMPLETIONS, {"stream": True, field: "12"})
+    assert can_be_continued(COMPLETIONS, {"stream": True, field: 12})
+
+
+def test_of_an_answer_that_has_ended_all_tokens_count() -> None:
+    sent = SentTokens(hide=True)
+    sent.feed(event("a", [10]) + event("", [2], finish="stop"))
+    assert (sent.token_ids(), sent.all_token_ids()) == ([10], [10, 2])

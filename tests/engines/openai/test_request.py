@@ -36,6 +36,10 @@ def reason(body: dict[str, Any]) -> str | None:
         ({"prompt": "x", "echo": True, "logprobs": 0}, "prompt-logprobs"),
         ({"prompt": "x", "max_tokens": 0}, "no-output"),
         ({"messages": [], "max_completion_tokens": 0}, "no-output"),
+        ({"prompt": "x", "max_tokens": "0"}, "no-output"),
+        ({"prompt": "x", "stream": "perhaps"}, "refused"),
+        ({"prompt": "x", "stream": "false", "stream_options": {"include_usage": True}}, "refused"),
+        ({"prompt": "x", "stream": "yes", "stream_options": {"include_usage": True}}, None),
         ({"input": "x", "previous_response_id": "r"}, "stored-response"),
         ({"input": "x", "background": True}, "stored-response"),
         ({"prompt": "x", "stream_options": {"include_usage": True}}, "refused"),
@@ -113,3 +117,53 @@ def test_what_a_running_answer_has_no_use_for_is_let_go() -> None:
     request = asked(CHAT.path, orjson.dumps({"messages": ["x"], "tools": [1], "model": "m", "stream": True}))
     request.forget_prompt()
     assert request.body == {"model": "m", "stream": True}
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (True, True),
+        (False, False),
+        (None, None),
+        ("true", True),
+        ("False", False),
+        ("no", False),
+        (0, False),
+        (1.0, True),
+    ],
+)
+def test_a_boolean_is_one_here_if_it_is_one_for_the_engine(given: object, read: bool | None) -> None:
+    assert asked(COMPLETIONS.path, orjson.dumps({"prompt": "x", "stream": given})).body["stream"] is read
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS.path, CHAT.path, RESPONSES.path, "/v1/chat/completions/batch"])
+@pytest.mark.parametrize("key", ["kv_transfer_params", "ec_transfer_params"])
+def test_no_way_leads_a_clients_transfer_keys_to_the_engine(path: str, key: str) -> None:
+    """What stands in `vllm_xargs` is where the engine looks for them; a 0 there ends it."""
+    extra = {key: 0, "mine": 1}
+    body = asked(
+        path, orjson.dumps({"prompt": "x", "n": 2, "vllm_xargs": extra, key: {"do_remote_prefill": True}})
+    ).body
+    assert body == {"prompt": "x", "n": 2, "vllm_xargs": {"mine": 1}}
+
+
+@pytest.mark.parametrize(
+    ("tools", "expected"),
+    [
+        ([{"type": "function", "name": "f"}], None),
+        ([{"type": "code_interpreter"}], "built-in-tools"),
+        ([7], "built-in-tools"),
+    ],
+)
+def test_tools_that_the_node_runs_itself_ask_its_engine_again_and_again(tools: list[Any], expected: str | None) -> None:
+    body = orjson.dumps({"input": "x", "tools": tools})
+    assert asked(RESPONSES.path, body).reason == expected
+    assert asked(CHAT.path, body).reason is None
+
+
+def test_a_long_prompt_given_as_ids_goes_to_the_other_process_and_back() -> None:
+    ids = list(range(50_000))
+    body = orjson.dumps({"messages": [], "kv_transfer_params": {"prompt_token_ids": ids}})
+    found = with_fragments(pickle.loads(pickle.dumps(without_large_values(asked(CHAT.path, body)))))  # noqa: S301
+    assert isinstance(found.body["kv_transfer_params"], dict)
+    assert orjson.loads(orjson.dumps(found.body))["kv_transfer_params"]["prompt_token_ids"] == ids

@@ -196,7 +196,9 @@ def test_a_whole_answer_is_asked_for_as_a_stream_with_its_usage() -> None:
 @pytest.mark.parametrize(
     ("status", "kind", "released"),
     [(400, "BadRequestError", True), (404, "NotFoundError", True), (500, "InternalServerError", True),
-     (400, "Bad Request", False), (401, "", False), (503, "ServiceUnavailable", False)],
+     (422, "UnprocessableEntity", True), (503, "Service Unavailable", True),
+     (400, "Bad Request", False), (401, "", False), (503, "ServiceUnavailable", False),
+     (503, "", False), (502, "", False)],
 )  # fmt: skip
 def test_a_refusal_frees_the_hand_off_only_if_the_serving_layer_made_it(status: int, kind: str, released: bool) -> None:
     assert bodies.is_released_by_refusal(status, kind) is released

@@ -68,6 +68,14 @@ def test_odd_json_is_answered_or_refused_and_never_a_failure(proxy: Proxy, conte
         assert answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("depth", [200, 300, 900])
+def test_json_nested_deeper_than_can_be_written_again_is_a_400(proxy: Proxy, depth: int) -> None:
+    answer = post(proxy, "/v1/completions", b'{"prompt": "x", "odd": ' + b"[" * depth + b"]" * depth + b"}")
+    assert answer.status_code == (200 if depth < 250 else 400)
+    if answer.is_error:
+        assert "nested too deeply" in answer.json()["error"]["message"]
+
+
 def test_of_two_equal_keys_the_last_holds_on_both_legs(prefill: Sim, decode: Sim, proxy: Proxy) -> None:
     content = b'{"prompt": "first", "kv_transfer_params": {"a": 1}, "prompt": "last", "kv_transfer_params": {"a": 2}}'
     assert post(proxy, "/v1/completions", content).status_code == 200

@@ -99,10 +99,10 @@ class Peer:
         self.connection = ClientProtocol(Config(), self.state, {SERVICE: service}, asyncio.get_running_loop())
         self.connection.connection_made(self.transport)
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: bytes, turns: int = 8) -> None:
         if not self.transport.is_closed:
             self.connection.data_received(data)
-        await settle()
+        await settle(turns)
 
     def leave(self) -> None:
         self.transport.is_closed = True
@@ -113,8 +113,8 @@ class Peer:
         return self.transport.written
 
 
-async def settle() -> None:
-    for _ in range(8):
+async def settle(turns: int = 8) -> None:
+    for _ in range(turns):
         await asyncio.sleep(0)
 
 
@@ -165,11 +165,13 @@ REQUESTS = st.builds(
 
 
 @settings(max_examples=300)
-@given(st.lists(REQUESTS, min_size=1, max_size=6), st.sets(st.integers(1, 900)), st.booleans())
+@given(st.lists(REQUESTS, min_size=1, max_size=6), st.sets(st.integers(1, 900)), st.integers(0, 8), st.booleans())
 def test_requests_are_answered_in_order_however_their_bytes_are_split(
-    asked: list[tuple[str, str, bytes, int]], cuts: set[int], early: bool
+    asked: list[tuple[str, str, bytes, int]], cuts: set[int], turns: int, early: bool
 ) -> None:
-    """Pipelined too; by a handler that answers at once, and by one that waits for the body."""
+    """Pipelined too; by a handler that answers at once, and by one that waits for the body. `turns`: of the loop,
+    between two pieces.
+    """
 
     def at_once_if_it_may(given: ClientRequest) -> Coroutine[Any, Any, None] | None:
         return refuse(given) if early and given.method == b"GET" else echo(given)
@@ -179,7 +181,7 @@ def test_requests_are_answered_in_order_however_their_bytes_are_split(
         whole = b"".join(request(m, p, b, chunks=c if b else 0) for m, p, b, c in asked)
         edges = [0, *sorted(cut for cut in cuts if cut < len(whole)), len(whole)]
         for start, end in pairwise(edges):
-            await peer.send(whole[start:end])
+            await peer.send(whole[start:end], turns)
         for _ in asked:
             await settle()
         found = answers(peer.got, [method for method, *_ in asked])
@@ -549,5 +551,68 @@ def test_the_protocol_says_what_it_is_waiting_for() -> None:
         await peer.send(request(body=b"abc")[:-1])
         assert "body, /x" in repr(peer.connection)
         cast("Any", peer.connection)._close()
+
+    played(story)
+
+
+def test_what_comes_just_as_an_answer_ends_is_read_behind_what_was_held() -> None:
+    """Else the body of a request whose head was held would be read as a request of its own."""
+
+    async def story() -> None:
+        asked: list[str] = []
+        goes_on = asyncio.Event()
+
+        async def answer(given: ClientRequest) -> None:
+            asked.append(given.path)
+            if given.path == "/a":
+                await goes_on.wait()
+            await echo(given)
+
+        peer = Peer(answer)
+        smuggled = request("POST", "/smuggled")
+        await peer.send(request("POST", "/a") + request("POST", "/b", smuggled)[: -len(smuggled)])
+        goes_on.set()
+        for _ in range(20):
+            await asyncio.sleep(0)
+            if b"200" in peer.got:
+                break
+        await peer.send(smuggled)
+        await settle()
+        assert asked == ["/a", "/b"]
+        assert [status for status, _ in answers(peer.got, ["POST", "POST"])] == [200, 200]
+
+    played(story)
+
+
+def test_a_client_that_was_refused_is_told_nothing_more() -> None:
+    """A handler may answer whatever it makes of a body that ended in an error."""
+
+    async def story() -> None:
+        async def stubborn(given: ClientRequest) -> None:
+            try:
+                await echo(given)
+            except ClientGoneError:
+                given.answer(500, [], b"what happened?")
+
+        peer = Peer(stubborn)
+        await peer.send(b"POST /x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await peer.send(b"no chunk\r\n")
+        assert peer.got.startswith(b"HTTP/1.1 400")
+        assert b"500" not in peer.got
+
+    played(story)
+
+
+def test_a_client_that_goes_on_taking_keeps_a_connection_that_is_closing() -> None:
+    async def story() -> None:
+        peer = Peer(stall_s=10)
+        sizes = iter([5000, 4000, 3000, 3000, 3000])
+        peer.transport.get_write_buffer_size = lambda: next(sizes)  # type: ignore[method-assign]
+        aborted: list[bool] = []
+        peer.transport.abort = lambda: aborted.append(True)  # type: ignore[method-assign]
+        peer.transport.is_closed = True
+        for now, is_aborted in ((100, False), (109, False), (118, False), (127, False), (129, True)):
+            peer.connection.check(now)
+            assert bool(aborted) is is_aborted
 
     played(story)

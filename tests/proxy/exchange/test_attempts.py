@@ -46,12 +46,15 @@ PREFILL = (
 )  # fmt: skip
 DECODE = (
     "answers", "dies in mid-stream", "error in mid-stream", "ends without its end", "refuses", "late refusal",
-    "refuses before its engine", "error first", "dies before its first event", "full", "fails", "wrong key",
-    "no connection", "lost before it was read", "lost after it was read", "silent",
+    "refuses before its engine", "error first", "dies before its first event", "full", "queue full",
+    "queue full at first event", "gateway", "fails", "wrong key", "no connection", "lost before it was read",
+    "lost after it was read", "silent",
 )  # fmt: skip
-RELEASE = ("frees", "no connection", "lost after it was read", "full")
+RELEASE = ("frees", "no connection", "lost after it was read", "full", "queue full", "gateway")
 UNSENT = "no connection"
-UNREAD = (UNSENT, "lost before it was read", "full", "wrong key", "refuses before its engine")
+UNREAD = (
+    UNSENT, "lost before it was read", "full", "queue full at first event", "wrong key", "refuses before its engine"
+)  # fmt: skip
 """What the engine of a node has never heard of."""
 
 
@@ -142,8 +145,8 @@ class ScriptedClient:
         what = "release" if is_release else self._role.value if transfer_id else "alone"
         script = {"release": world.release, "prefill": world.prefill, "decode": world.decode}.get(what, [])
         behaviour = world.next(script, {"release": "frees", "prefill": "holds"}.get(what, "answers"))
-        if behaviour == "late refusal" and not body.get("stream"):
-            behaviour = "refuses"  # only of a stream is anything refused after its 200
+        if not body.get("stream"):  # only of a stream is anything refused after its 200
+            behaviour = {"late refusal": "refuses", "queue full at first event": "queue full"}.get(behaviour, behaviour)
         await world.step()
         if behaviour == UNSENT:
             raise NodeUnreachableError("no connection")
@@ -166,6 +169,10 @@ class ScriptedClient:
                 return self._made(400, [orjson.dumps({"error": {"type": kind, "message": "no", "code": 400}})])
             case "full":
                 return self._made(503, [orjson.dumps({"error": {"type": "ServiceUnavailable"}})])
+            case "queue full":
+                return self._made(503, [orjson.dumps({"error": {"type": "Service Unavailable"}})])
+            case "gateway":
+                return self._made(502, [b"<html>Bad Gateway</html>"])
             case "fails":
                 return self._made(500, [orjson.dumps({"error": {"type": "InternalServerError"}})])
             case "wrong key":
@@ -186,6 +193,7 @@ class ScriptedClient:
         broken = NodeBrokeOffError("closed the connection in the middle of its answer")
         failed = sse({"error": {"message": "EngineCore died", "code": 500}}) + sse(b"[DONE]")
         refused = sse({"error": {"message": "too many logprobs", "code": 400, "type": "BadRequestError"}})
+        full = sse({"error": {"message": "too many waiting", "code": 503, "type": "Service Unavailable"}})
         most, shows = body["max_tokens"], bool(body.get("return_token_ids"))
         usage = sse({"id": "c", "created": 1, "model": "m", "choices": [], "usage": {"completion_tokens": most}})
         tokens = [token(number, shows=shows) for number in range(1, most)]
@@ -195,6 +203,7 @@ class ScriptedClient:
             "error in mid-stream": [*tokens, failed],
             "ends without its end": [*tokens],
             "late refusal": [refused],
+            "queue full at first event": [b": keep-alive\n\n", full],
             "error first": [failed],
             "dies before its first event": [broken],
         }
@@ -339,6 +348,7 @@ async def play(world: World, body: dict[str, Any], disturbance: str, nodes: Flee
         "deadline": lambda: presences[0].end("late"),
         "shutdown": task.cancel,
         "decode node dies": lambda: next(n for n in nodes.of(Role.DECODE) if n.in_flight).failed("gone"),
+        "all decode nodes are drained": lambda: drain(nodes.of(Role.DECODE)),
         "nothing": lambda: None,
     }
     world.disturb = disturbances[disturbance]
@@ -350,6 +360,11 @@ async def play(world: World, body: dict[str, Any], disturbance: str, nodes: Flee
     with suppress(TimeoutError):
         await releaser.close(within_s=5)
     return Outcome(world, nodes, client, metrics, error, presences[0], budget)
+
+
+def drain(nodes: Iterable[Any]) -> None:
+    for node in nodes:
+        node.spec = node.spec.model_copy(update={"drain": True})
 
 
 def check(outcome: Outcome, disturbance: str) -> None:
@@ -461,6 +476,30 @@ def test_a_decode_node_that_dies_while_the_prefill_runs_costs_no_second_prefill(
     assert outcome.metrics.retries.values == {}
     assert sorted(node.hand_offs for node in outcome.nodes.of(Role.DECODE)) == [0, 1]
     assert next(node for node in outcome.nodes.of(Role.DECODE) if node.hand_offs).usable
+
+
+@pytest.mark.parametrize("at", range(2, 9))
+def test_what_is_inside_when_decode_nodes_are_drained_is_finished_and_given_back_if_it_must_be(at: int) -> None:
+    body = {"prompt": "x", "max_tokens": 3, "stream": True, "model": "m"}
+    outcome = asyncio.run(play(World([], [], [], at), dict(body), "all decode nodes are drained"))
+    assert outcome.client.is_whole
+    assert [kv.state for kv in WatchedKV.all] == [State.TAKEN]
+    outcome = asyncio.run(play(World([], ["full"], [], at), dict(body), "all decode nodes are drained"))
+    assert not outcome.world.held
+
+
+def test_a_full_queue_has_freed_the_hand_off_and_what_a_gateway_says_tells_nothing_of_it() -> None:
+    """VLLM answers a refused hand-off with an empty pull; one more pull would keep a prefill node's sender task."""
+    body = {"prompt": "x", "max_tokens": 3, "stream": True, "model": "m"}
+    for behaviour, state in (
+        ("queue full", State.REFUSED),
+        ("gateway", State.UNKNOWN),
+        ("queue full at first event", State.GIVEN_BACK),
+    ):
+        outcome = asyncio.run(play(World([], [behaviour], [], -1), dict(body), "nothing"))
+        assert outcome.client.answers == [200]
+        assert [kv.state for kv in WatchedKV.all] == [state, State.TAKEN]
+        assert not outcome.world.held
 
 
 def test_a_continuation_holds_no_lease_of_the_node_it_lost() -> None:

@@ -192,7 +192,7 @@ def test_a_release_that_meets_no_node_is_counted_and_forgotten() -> None:
             answer = client.submit(ask, proxy.url)
             wait_until(lambda: prefill.metric("vllm:num_requests_running") == 1, "the prefill")
             decode.process.kill()
-            assert answer.result().status_code == 502
+            assert answer.result().status_code in (502, 503)  # the leg found out, or the prober had heard of it
         wait_until(lambda: proxy.metric("pd_releases_total", outcome="failed") == 1, "a failed release")
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import openai
@@ -154,6 +154,21 @@ def test_what_cannot_be_continued_rightly_ends_as_an_error_and_never_as_if_it_we
         node.control(fault="drop-after", chunks=3)
     with openai_client(trio.proxy.url) as client:
         stream = client.completions.create(model=MODEL, prompt=PROMPT, stream=True, max_tokens=12, extra_body=fields)
+        with pytest.raises(openai.APIError, match="decode-"):
+            list(stream)
+
+
+def test_a_chat_about_an_image_is_not_continued_without_its_image(trio: Trio) -> None:
+    """The continuation has only token ids, and the ids of an image are placeholders."""
+    for node in trio.decode:
+        node.control(fault="drop-after", chunks=5)
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    message = {"role": "user", "content": [{"type": "text", "text": PROMPT}, picture]}
+    with openai_client(trio.proxy.url) as client:
+        extra = {"return_token_ids": True}
+        stream = client.chat.completions.create(
+            model=MODEL, messages=cast("Any", [message]), stream=True, max_tokens=12, extra_body=extra
+        )
         with pytest.raises(openai.APIError, match="decode-"):
             list(stream)
 

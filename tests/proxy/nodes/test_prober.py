@@ -223,7 +223,7 @@ def test_a_node_that_dies_between_two_probes_is_noticed_at_once() -> None:
         asking = Prober(ProxySettings(probe_interval_s=1000), fleet, TransferWatch(fleet), [], Pauses(), lambda: None)
         running = asyncio.create_task(asking.run())
         await until(lambda: node.usable)
-        asking._began.clear()  # long ago
+        node.probed_at = 0  # long ago
         server.close()
         for connection in connections:
             connection.transport.abort()
@@ -233,3 +233,31 @@ def test_a_node_that_dies_between_two_probes_is_noticed_at_once() -> None:
         return node.why_not
 
     assert asyncio.run(asyncio.wait_for(story(), 30)) == "cannot be reached for /health"
+
+
+def test_newcomers_are_probed_to_the_end_though_they_are_not_in_the_fleet_yet() -> None:
+    """Their connections were closed under the probe, and a probe that hung then would have hung for ever."""
+    nodes = (Node(name="d", role=Role.DECODE, url="http://127.0.0.1:1"),)
+    fleet = Fleet(Topology(connector="NixlConnector", nodes=nodes))
+
+    async def hang(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+
+    connections: list[asyncio.StreamWriter] = []
+
+    async def story() -> str | None:
+        server = await asyncio.start_server(hang, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        (newcomer,) = fleet.newcomers(Topology(nodes=(Node(name="e", role=Role.DECODE, url=url),)))
+        settings = ProxySettings(probe_interval_s=0.01, probe_timeout_s=0.5)
+        asking = Prober(settings, fleet, TransferWatch(fleet), [], Pauses(), lambda: None)
+        running = asyncio.create_task(asking.run())
+        await asking.probe_all([newcomer])
+        running.cancel()
+        await asking.close()
+        server.close()
+        for connection in connections:
+            connection.transport.abort()
+        return newcomer.why_not
+
+    assert asyncio.run(asyncio.wait_for(story(), 30)) == "no answer to /health in 0.5 s"

@@ -71,3 +71,14 @@ def test_where_delivery_is_best_effort_nothing_is_held_against_a_node(connector:
     watched = Watched(connector)
     watched.hand_over(10, moves=False)
     assert watched.probe() == verdict
+
+
+def test_who_takes_over_the_probing_goes_on_from_what_was_found() -> None:
+    """Else all that had arrived would be counted twice, and KV that has just stopped would be said to move."""
+    watched = Watched()
+    watched.hand_over(1000, moves=True)
+    watched.node.ready((), NodeFacts((), Gauges(transferred=watched.transferred, computed=0), ""))
+    watched.watch.adopt(watched.node, "moving", watched.transferred)
+    watched.hand_over(3, moves=False)
+    assert watched.probe() == "not moving"
+    assert watched.watch.arrived(watched.node) == 100_000

@@ -126,6 +126,11 @@ def test_a_node_that_cannot_be_one_is_refused(administered: Administered, body: 
     assert administered.names() == ["prefill-0", "decode-0"]
 
 
+def test_a_body_that_is_too_long_is_a_413(administered: Administered) -> None:
+    assert administered.call("PUT", "/nodes/decode-1", content=b" " * (2**20 + 1)).status_code == 413
+    assert administered.names() == ["prefill-0", "decode-0"]
+
+
 def test_a_second_name_for_the_same_address_is_refused(administered: Administered) -> None:
     again = administered.call("PUT", "/nodes/decode-9", json={"role": "decode", "url": administered.decode.url})
     assert (again.status_code, "more than one node" in again.text) == (400, True)

@@ -151,3 +151,19 @@ def test_whatever_happens_the_counts_are_right_in_the_end(steps: list[str]) -> N
         assert (admission.inside, admission.waiting) == (inside, 0)
 
     run(story)
+
+
+def test_a_place_that_is_free_is_given_at_once_though_one_who_was_let_in_has_not_come_yet() -> None:
+    async def story() -> None:
+        admission = door(most=2)
+        assert admission.try_enter()
+        assert admission.try_enter()
+        waiting = asyncio.create_task(admission.enter("a", 0, 30))
+        await settle()
+        admission.leave()
+        admission.leave()
+        assert admission.try_enter()
+        await waiting
+        assert (admission.inside, admission.waiting) == (2, 0)
+
+    run(story)

@@ -73,3 +73,22 @@ def test_what_fails_again_and_again_is_hopeless() -> None:
 
     supervisor = asyncio.run(asyncio.wait_for(played(work, lambda each: each.is_hopeless), 30))
     assert supervisor._in_a_row["task"] == GIVEN_UP
+
+
+def test_a_task_that_runs_again_after_many_failures_is_not_hopeless() -> None:
+    running = asyncio.Event()
+    hopeless: list[bool] = []
+
+    async def work(start: int) -> None:
+        if start <= GIVEN_UP:
+            raise KeyError("odd")
+        running.set()
+        await for_ever()
+
+    def until(supervisor: Supervisor) -> bool:
+        hopeless.append(supervisor.is_hopeless)
+        return running.is_set()
+
+    supervisor = asyncio.run(asyncio.wait_for(played(work, until), 30))
+    assert not supervisor.is_hopeless
+    assert any(hopeless)

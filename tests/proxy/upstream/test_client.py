@@ -517,3 +517,31 @@ def test_a_cancelled_request_leaves_no_connection() -> None:
             assert client.open_connections == 0
 
     asyncio.run(main())
+
+
+def test_an_answer_without_a_length_that_is_cut_off_here_is_not_whole() -> None:
+    """Its end is the connection's end; ours must not be taken for the node's."""
+
+    async def half(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(b'HTTP/1.1 200 OK\r\n\r\n{"half":')
+        await reader.read()
+
+    async def story() -> None:
+        async with server(half) as client:
+            answer = await client.request(b"POST", b"/", [], b"", deadline=Deadline(0.3, "answer"))
+            with pytest.raises(NodeTimeoutError):
+                await answer.load()
+
+    asyncio.run(asyncio.wait_for(story(), 30))
+
+
+def test_a_client_that_is_closed_makes_no_connections_any_more() -> None:
+    async def story() -> None:
+        async with server(answering(OK)) as client:
+            await (await client.request(b"GET", b"/", [], b"", deadline=Deadline(5, "answer"))).load()
+            client.close()
+            with pytest.raises(NodeUnreachableError, match="no longer"):
+                await client.request(b"GET", b"/", [], b"", deadline=Deadline(5, "answer"))
+
+    asyncio.run(asyncio.wait_for(story(), 30))
