@@ -26,8 +26,14 @@ def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
 @pytest.fixture(scope="module")
 def real_trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """... with a second decode node, for what must survive the death of one, and a proxy that notices silence soon."""
-    flags = ["--decode", "2", "--proxy-args=--decode-silence-timeout-s", "--proxy-args=20"]
-    with _up(tmp_path_factory.mktemp("trio"), *flags, nodes=3) as run:
+    with trio(tmp_path_factory.mktemp("trio")) as run:
+        yield run
+
+
+@contextmanager
+def trio(folder: Path, *flags: str) -> Iterator[Up]:
+    silence = ["--proxy-args=--decode-silence-timeout-s", "--proxy-args=20"]
+    with _up(folder, "--decode", "2", *silence, *flags, nodes=3) as run:
         yield run
 
 

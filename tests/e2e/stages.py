@@ -1,5 +1,7 @@
 """A real engine dies at each stage of a request: the client gets the answer it would have got, and no KV is left.
 
+What a node that died may have taken is not released, and expires on the prefill node: here after half a minute.
+
 Not part of the suite, for every death costs the start of an engine: `make soak-real`. A proxy of its own reaches the
 nodes through gates, so that a request can be kept at a stage for as long as it takes to kill somebody.
 """
@@ -16,6 +18,7 @@ from tests.gate import Gate, What
 from tests.launched import Up
 from tests.processes import Proxy, http, proxy_in_front_of, wait_until
 
+from .conftest import trio
 from .test_survival import Kill, kill_api_server, kill_engine_core
 
 pytestmark = pytest.mark.timeout(3600)
@@ -55,6 +58,12 @@ class Gated:
 
     def of(self, role: str) -> dict[str, Gate]:
         return {name: gate for name, gate in self.gates.items() if name.startswith(role)}
+
+
+@pytest.fixture(scope="module")
+def real_trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    with trio(tmp_path_factory.mktemp("trio"), "--transfer-timeout-s", "30") as run:
+        yield run
 
 
 @pytest.fixture(scope="module")
