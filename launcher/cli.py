@@ -288,15 +288,19 @@ def doctor_command(
     ] = None,
     as_json: AsJson = False,  # noqa: FBT002
 ) -> None:
-    """Read all nodes' logs and say what failed first, on which node, why, and what mends it."""
-    files = doctor.logs_in(places or [runs.choose(None).path])
-    diagnosis = doctor.examine(files)
+    """Read all nodes' logs and say what failed first, on which node, why, and how to fix it. Exit code 1 then."""
+    places = places or [runs.choose(None).path]
+    files = doctor.logs_in(places)
+    diagnosis = doctor.examine(files, ends=doctor.ends_in(places))
     if as_json:
         sys.stdout.write(json.dumps(doctor.as_data(diagnosis), indent=1) + "\n")
     else:
         if diagnosis.first is None:
-            _out.print(f"Nothing known to be wrong in {len(files)} logs.", highlight=False)
+            _out.print(
+                f"Nothing known to be wrong in {len(files)} {'log' if len(files) == 1 else 'logs'}.", highlight=False
+            )
         _out.out(doctor.in_words(diagnosis), highlight=False)
+    raise typer.Exit(0 if diagnosis.first is None else 1)
 
 
 @app.command("clean")

@@ -1,6 +1,6 @@
 """What can go wrong, each with its exit code. Printed in `cli.py`, and nowhere else.
 
-LauncherError          1  something failed while running
+LauncherError          1  something failed while running (`doctor`: something is wrong)
 ├── ConfigError        2  flags or configuration file
 ├── PortBusyError      3  a port of the plan is taken
 ├── PreflightError     4  something else that was checked before the start

@@ -10,8 +10,10 @@ from . import process
 from .errors import LauncherError
 from .plan import NodeProcess, Process
 from .ports import Hold
-from .process import Child
-from .runs import ChildState
+from .process import Child, exit_in_words
+from .runs import ChildState, Death
+
+_DEATHS_KEPT = 20
 
 
 @dataclass(eq=False, slots=True)
@@ -25,6 +27,7 @@ class Life:
     restarts: int = 0
     log_begins: int = 0
     """Where in its log this life begins."""
+    deaths: list[Death] = field(default_factory=list)
     kept: "asyncio.Task[None] | None" = None
     _shared_memory: set[Path] = field(default_factory=set)
     _hold: Hold | None = None
@@ -84,7 +87,16 @@ class Life:
         process.remove_unmapped(self._shared_memory)
         self._shared_memory.clear()
 
+    def _note_death(self) -> None:
+        """Of this life of it, once."""
+        child = self.child
+        if child is not None and child.died_at is not None and child.exit_code is not None:
+            death = Death(at=child.died_at, how=exit_in_words(child.exit_code))
+            if death not in self.deaths:
+                self.deaths = [*self.deaths, death][-_DEATHS_KEPT:]
+
     def described(self, *, draining: bool) -> ChildState:
+        self._note_death()
         return ChildState(
             name=self.spec.name,
             role=self.role,
@@ -96,4 +108,5 @@ class Life:
             ports=tuple(f"{port.purpose} {port}" for port in self.spec.ports),
             log=self.spec.log,
             shared_memory=tuple(sorted(self._shared_memory)),
+            deaths=tuple(self.deaths),
         )

@@ -5,12 +5,16 @@ Children write their logs themselves, so that not a line is lost whatever become
 
 import asyncio
 import heapq
+import math
+import re
 import shutil
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
-from engines.symptoms import Line, when
+from engines.symptoms.lines import Clock, read
 
 from .errors import ConfigError
 
@@ -19,6 +23,27 @@ OF_THE_LAUNCHER = "launcher.log"
 _LOOK_EVERY_S = 0.25
 _MOST_BYTES = 64 * 2**20
 _KEPT = 3
+_PART_BYTES = 4 * 2**20
+_TAIL_BYTES = 64 * 1024
+_STAMP_CHARACTERS = 200
+"""A line's time stands near its beginning."""
+_NO_LOGS = re.compile(r"\..*|.*\.(json|ya?ml|toml|py|sh|log\.\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of one log. `when` orders lines of different logs: seconds since 1970, -inf before the first known."""
+
+    log: str
+    number: int
+    when: float
+    text: str
+
+
+def clock() -> Clock:
+    """Of this host: logs give no zone, and mostly no year."""
+    offset = datetime.now().astimezone().utcoffset()
+    return Clock(time.time(), offset.total_seconds() if offset is not None else 0.0)  # noqa: TID251  of what others wrote
 
 
 def files_of(folder: Path, names: Sequence[str] = ()) -> list[Path]:
@@ -30,31 +55,76 @@ def files_of(folder: Path, names: Sequence[str] = ()) -> list[Path]:
     return [found[name] for name in names or found]
 
 
-def lines(file: Path, offset: int = 0) -> Iterator[Line]:
-    """What a log holds from a byte on. A line that gives no time has that of the line before it."""
-    last: tuple[float, ...] = ()
+def files_in(folder: Path) -> list[Path]:
+    """What may be a log in a folder of any kind: `*.log` where there are some, else every file that is not data."""
+    found = sorted(folder.glob("*.log"))
+    return found or sorted(file for file in folder.iterdir() if file.is_file() and not _NO_LOGS.fullmatch(file.name))
+
+
+def lines(file: Path) -> Iterator[Line]:
+    """What a log holds. A line that gives no time has that of the line before it."""
     with file.open("rb") as log:
-        log.seek(offset)
-        for number, raw in enumerate(log, 1):
-            text = _text(raw)
-            last = when(text) or last
-            yield Line(file.stem, number, last, text)
+        yield from _dated(file, log, clock())
 
 
-def time_line(files: Iterable[Path], offsets: Mapping[str, int] | None = None) -> Iterator[Line]:
-    """The lines of all logs, ordered by their times; those turned over come first.
-
-    `offsets`: a log's name to the byte to begin at, of which nothing before is read.
-    """
-    read = (lines(file, offsets[file.stem]) if offsets is not None else _all_lines(file) for file in files)
-    return heapq.merge(*read, key=lambda line: line.when)
+def time_line(files: Iterable[Path]) -> Iterator[Line]:
+    """The lines of all logs, ordered by their times; those turned over come first."""
+    own = clock()
+    return heapq.merge(*(_dated(file, _raw_lines(file), own) for file in files), key=lambda line: line.when)
 
 
-def _all_lines(file: Path) -> Iterator[Line]:
+def last_lines(files: Iterable[Path], count: int) -> list[Line]:
+    """The last lines of all logs together; only the ends of the logs are read."""
+    own = clock()
+    ends = (_dated(file, _end(file, count), own) for file in files)
+    return list(heapq.merge(*ends, key=lambda line: line.when))[-count:] if count else []
+
+
+def parts(file: Path, offset: int | None = None) -> Iterator[bytes]:
+    """A log in large parts, each of whole lines; from a byte on, or else all of it with what was turned over."""
+    for piece in [file] if offset is not None else _turned_over(file):
+        rest = b""
+        with piece.open("rb") as log:
+            log.seek(offset or 0)
+            while data := log.read(_PART_BYTES):
+                data = rest + data
+                end = data.rfind(b"\n") + 1
+                rest = data[end:]
+                yield data[:end]
+        yield rest
+
+
+def _dated(file: Path, raw: Iterable[bytes], own: Clock) -> Iterator[Line]:
+    last = -math.inf
+    for number, data in enumerate(raw, 1):
+        text = _text(data)
+        stamps = read(text[:_STAMP_CHARACTERS]).stamps
+        last = own.when(stamps[0]) if stamps else last
+        yield Line(file.stem, number, last, text)
+
+
+def _raw_lines(file: Path) -> Iterator[bytes]:
+    for piece in _turned_over(file):
+        with piece.open("rb") as log:
+            yield from log
+
+
+def _turned_over(file: Path) -> list[Path]:
+    """The log's older parts, the oldest first, and the log."""
     older = (file.with_name(f"{file.name}.{number}") for number in range(_KEPT, 0, -1))
-    for part in (*older, file):
-        if part.exists():
-            yield from (replace(line, log=file.stem) for line in lines(part))
+    return [part for part in (*older, file) if part.exists()]
+
+
+def _end(file: Path, count: int) -> list[bytes]:
+    """So many lines of it at least, if it has them, and one before them with a time if there is one near."""
+    with file.open("rb") as log:
+        size = begin = log.seek(0, 2)
+        found: list[bytes] = []
+        while begin > 0 and len(found) <= count + 1:
+            begin = max(0, size - _TAIL_BYTES if begin == size else begin - 2 * (size - begin))
+            log.seek(begin)
+            found = log.read().splitlines()
+    return found if begin == 0 else found[1:]
 
 
 def ends(files: Iterable[Path]) -> dict[Path, int]:
@@ -69,7 +139,7 @@ async def follow(files: Sequence[Path], places: dict[Path, int]) -> AsyncIterato
         for file in files:
             for raw in _new_lines(file, places):
                 numbers[file] += 1
-                yield Line(file.stem, numbers[file], (), _text(raw))
+                yield Line(file.stem, numbers[file], -math.inf, _text(raw))
         await asyncio.sleep(_LOOK_EVERY_S)
 
 

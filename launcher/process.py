@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -37,6 +38,9 @@ class Child:
         self.spec = spec
         self._process = process
         self._is_gone = False
+        self._is_asked_to_end = False
+        self.died_at: float | None = None
+        """When it ended by itself, in seconds since 1970."""
 
     @classmethod
     async def start(cls, spec: Process, run_id: str, folder: Path) -> "Child":
@@ -69,13 +73,17 @@ class Child:
         return self._process.returncode
 
     async def ended(self) -> int:
-        return await self._process.wait()
+        code = await self._process.wait()
+        if self.died_at is None and not self._is_asked_to_end:
+            self.died_at = time.time()  # noqa: TID251  for people, and for the doctor
+        return code
 
     async def stop(self, timeout_s: float) -> None:
         """SIGTERM to the root, which knows how to stop the rest; after `timeout_s` SIGKILL to the whole group.
 
         Python's resource trackers come last: they unlink the semaphores of the others, which nobody else knows of.
         """
+        self._is_asked_to_end = True
         with suppress(ProcessLookupError):
             self._process.terminate()
         stages = (

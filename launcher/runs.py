@@ -21,6 +21,16 @@ _LOCK = ".lock"
 _TAKES_S = 5
 
 
+class Death(BaseModel):
+    """An end of a child that nobody had asked for."""
+
+    model_config = ConfigDict(frozen=True)
+
+    at: float
+    """Seconds since 1970."""
+    how: str
+
+
 class ChildState(BaseModel):
     """One child of a run."""
 
@@ -38,6 +48,8 @@ class ChildState(BaseModel):
     ports: tuple[str, ...]
     log: Path
     shared_memory: tuple[Path, ...] = ()
+    deaths: tuple[Death, ...] = ()
+    """The last ones, oldest first."""
 
 
 class RunState(BaseModel):

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 import httpx
 
 import engines.plugins
-from engines import symptoms
 from engines.base import Role
+from engines.symptoms.catalogue import known
 
 from . import logs, proof
 from .config import LaunchConfig
@@ -237,9 +237,9 @@ def _transfer_ports_in(log: Path) -> list[int]:
     """Ports a node's transfer engines say they listen on."""
     ports = []
     for line in logs.lines(log):
-        known = symptoms.recognised(line.text)
-        if known is not None and known.id in ("fact-te-rpc", "fact-te-data"):
-            match = known.pattern.search(line.text)
+        fact = known(line.text)
+        if fact is not None and fact.id in ("fact-te-rpc", "fact-te-data"):
+            match = fact.pattern.search(line.text)
             if match:
                 ports.append(int(match["port"]))
     return ports

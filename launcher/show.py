@@ -2,7 +2,6 @@
 
 import shlex
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from engines.symptoms import Line
-
 from . import logs as log_files
+from .logs import Line
 from .plan import NodeProcess, Plan
 from .preflight import Finding
 
@@ -111,8 +109,7 @@ async def logs(console: Console, files: Sequence[Path], tail: int | None, *, fol
         console.print(prefix + Text(line.text), highlight=False, soft_wrap=True)
 
     places = log_files.ends(files)
-    history = log_files.time_line(files)
-    for line in history if tail is None else deque(history, tail):
+    for line in log_files.time_line(files) if tail is None else log_files.last_lines(files, tail):
         show(line)
     if follow:
         async for line in log_files.follow(files, places):

@@ -110,7 +110,7 @@ class Supervisor:
         try:
             yield
         except LauncherError as exc:
-            raise self._explained(exc) from None
+            raise await self._explained(exc) from None
 
     def _make_temporary(self) -> None:
         """Of this user only, and empty: a killed run may have left one. Raises LauncherError."""
@@ -333,7 +333,7 @@ class Supervisor:
         while True:
             await life.running.ended()
             life.state = "ended"
-            error = self._explained(readiness.died(life.running))
+            error = await self._explained(readiness.died(life.running))
             now = asyncio.get_running_loop().time()
             deaths = [*(death for death in deaths if now - death < _DEATHS_COUNT_FOR_S), now]
             too_often = len(deaths) > _MOST_DEATHS or failed_starts >= _MOST_DEATHS
@@ -391,11 +391,11 @@ class Supervisor:
             raise LauncherError(f"{error}{how_often}", error.hint)
         self._progress.say(f"{error}{how_often}\n{error.hint}\nGoing on without it.")
 
-    def _explained(self, error: LauncherError) -> LauncherError:
-        """The error, with what the logs of all nodes say of it, when they do."""
+    async def _explained(self, error: LauncherError) -> LauncherError:
+        """The error, with what the logs of all nodes say of it, when they do. Logs are long, and others wait."""
         offsets = {life.spec.name: life.log_begins for life in self._lives.values()}
         files = [life.spec.log for life in self._lives.values() if life.spec.log.exists()]
-        diagnosis = doctor.examine(files, offsets)
+        diagnosis = await asyncio.to_thread(doctor.examine, files, offsets)
         if diagnosis.first is not None:
             error.hint = f"{doctor.in_words(diagnosis)}\n{error.hint}"
         return error
@@ -454,7 +454,7 @@ class Supervisor:
         try:
             life = await self._brought_up(node)
         except LauncherError as exc:
-            explained = self._explained(exc)
+            explained = await self._explained(exc)
             await self._forget(self._lives[node.name])
             raise explained from exc
         self._write_topology()

@@ -22,6 +22,28 @@ def test_lines_of_several_logs_are_put_in_order_by_time(tmp_path: Path) -> None:
     ]
 
 
+def test_the_last_lines_of_all_logs_are_read_from_their_ends(tmp_path: Path) -> None:
+    for log, odd in (("a", 0), ("b", 1)):
+        stamped = (f"INFO 11-23 03:{n // 60:02d}:{n % 60:02d} [a.py:1] {n} {'x' * 300}\n" for n in range(odd, 2000, 2))
+        (tmp_path / f"{log}.log").write_text("".join(stamped))
+    files = logs.files_of(tmp_path)
+    assert [line.text.split()[4] for line in logs.last_lines(files, 5)] == ["1995", "1996", "1997", "1998", "1999"]
+    assert [line.text for line in logs.last_lines(files, 900)] == [line.text for line in logs.time_line(files)][-900:]
+    assert logs.last_lines(files, 0) == []
+    (tmp_path / "empty.log").touch()
+    assert logs.last_lines([tmp_path / "empty.log"], 5) == []
+
+
+def test_a_log_is_read_in_parts_of_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_PART_BYTES", 10)
+    (tmp_path / "a.log.1").write_text("older\n")
+    (tmp_path / "a.log").write_text("one\ntwo and more\nthree\nfour without an end")
+    parts = list(logs.parts(tmp_path / "a.log"))
+    assert all(part.endswith(b"\n") or not part for part in parts[:-1])
+    assert b"".join(parts).decode() == "older\none\ntwo and more\nthree\nfour without an end"
+    assert b"".join(logs.parts(tmp_path / "a.log", 4)).decode() == "two and more\nthree\nfour without an end"
+
+
 def test_a_log_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     (tmp_path / "prefill-0.log").touch()
     with pytest.raises(ConfigError, match="no log of decode-7") as error:
