@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import inspect
+import io
 import json
 import shlex
 import sys
@@ -30,6 +31,7 @@ from .supervisor import Supervisor
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
+    pretty_exceptions_enable=False,  # they would print the values of local variables, secrets among them
     help="Plan, check, start and watch prefill/decode-disaggregated vLLM nodes with the Mooncake transfer engine.",
 )
 _WIDE = 240
@@ -145,7 +147,7 @@ async def _up(config: LaunchConfig, plan: Plan, locks: Locks) -> None:
     folder = RunFolder(plan.run_dir)
     folder.claim()
     try:
-        folder.clear()
+        folder.set_aside()
         LockFile.of(config, plan).write(plan.run_dir)
         await Supervisor(config, plan, locks, folder, progress).run()
     finally:
@@ -176,11 +178,11 @@ def plan_command(
     """Show everything `up` would start, and start nothing."""
     plan = make_plan(config, survey(config), lock.seats if lock else ())
     if as_json:
-        sys.stdout.write(plan.as_json() + "\n")
+        sys.stdout.write(plan.without_secrets().as_json() + "\n")
     elif as_shell:
         sys.stdout.write(shell.script(plan))
     else:
-        show.plan(_out, plan)
+        show.plan(_out, plan.without_secrets())
 
 
 @app.command("check")
@@ -214,7 +216,7 @@ async def _test(config: LaunchConfig, plan: Plan, locks: Locks) -> None:
     folder = RunFolder(plan.run_dir)
     folder.claim()
     try:
-        folder.clear()
+        folder.set_aside()
         await selftest.run(config, plan, locks, folder, progress)
     finally:
         folder.release()
@@ -345,7 +347,9 @@ def setup_command(
 async def _setup(environment: setup.EngineEnvironment) -> None:
     progress = Progress(_out)
     async with progress.shown():
-        await setup.install_libraries(progress, environment.log)
+        if environment.device == "cuda":
+            progress.say(f"vLLM {setup.VLLM_VERSION} is built for CUDA 13: NVIDIA driver {setup.CUDA_DRIVER} or newer.")
+        await setup.install_libraries(progress, environment.device, environment.log)
         await environment.make(progress)
         if environment.device == "cpu":
             await setup.make_tiny_model(progress, environment.python)
@@ -356,6 +360,9 @@ async def _setup(environment: setup.EngineEnvironment) -> None:
 
 def main() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a screen that knows no ✓ ends no run
     try:
         others = foreign_owners(packages_distributions())
         if others:

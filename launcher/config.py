@@ -15,6 +15,18 @@ from .errors import ConfigError
 TINY_MODEL = "tiny"
 
 
+_OF_THE_PROXY = {
+    "--host": "is set by pd-launch itself; use --proxy-host",
+    "--port": "is set by pd-launch itself; use --proxy-port",
+    "--topology": "is set by pd-launch itself: the nodes are those it starts",
+    "--prefill": "does not go with pd-launch, whose nodes are those it starts",
+    "--decode": "does not go with pd-launch, whose nodes are those it starts",
+    "--config": "may hold what pd-launch sets itself; give the flags one by one",
+    "--tls-certificate": "does not go with pd-launch, which asks its proxy over HTTP; put TLS in front of it",
+    "--tls-key": "does not go with pd-launch, which asks its proxy over HTTP; put TLS in front of it",
+}
+"""Flags of the proxy that would contradict the plan, and why: else the run waits for a proxy that is elsewhere."""
+
 _NODE_ARGUMENT = re.compile(r"(prefill|decode)-\d+=.")
 
 
@@ -136,6 +148,9 @@ class LaunchConfig(BaseModel):
             owned = sorted(OWNED_FLAGS & {arg.split("=", 1)[0] for arg in arguments})
             if owned:
                 raise ValueError(f"{name}: {', '.join(owned)} is set by pd-launch itself; use its own flag")
+        for arg in self.proxy_args:
+            if reason := _OF_THE_PROXY.get(arg.split("=", 1)[0]):
+                raise ValueError(f"proxy_args: {arg.split('=', 1)[0]} {reason}")
         return self
 
 

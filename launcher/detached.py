@@ -1,5 +1,6 @@
 """`up --detach`: a launcher of its own, whose screen is a file; what it says is shown until it is ready."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -23,12 +24,12 @@ def up(config: LaunchConfig, lock: LockFile | None, console: Console) -> None:
     """Returns when the run is ready. Exits with the launcher's own code when it ends before that."""
     run_dir = (config.run_dir or facts.gather(config.device).new_run_dir).expanduser().absolute()
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as exc:
         raise PreflightError(f"cannot make {run_dir} for the logs: {exc.strerror}", "Choose with --run-dir") from exc
     folder = RunFolder(run_dir)
     folder.claim()  # a run in that folder would be said by the other launcher only
-    folder.clear()
+    folder.set_aside()
     folder.release()
     screen = run_dir / logs.OF_THE_LAUNCHER
     with screen.open("wb") as output:
@@ -39,6 +40,7 @@ def up(config: LaunchConfig, lock: LockFile | None, console: Console) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # the terminal's end is not its end
         )
+    usual = signal.signal(signal.SIGTERM, signal.default_int_handler)  # who asks us to end means the run as well
     try:
         _show_until_ready(launcher, folder, screen, console)
     except KeyboardInterrupt:
@@ -46,6 +48,8 @@ def up(config: LaunchConfig, lock: LockFile | None, console: Console) -> None:
         with suppress(subprocess.TimeoutExpired):
             launcher.wait(config.stop_timeout_s * 4 + _STOP_S)
         raise InterruptedStart("interrupted before everything was up") from None
+    finally:
+        signal.signal(signal.SIGTERM, usual)
 
 
 def _arguments(config: LaunchConfig, lock: LockFile | None, run_dir: Path) -> list[str]:

@@ -19,9 +19,8 @@ _LONGEST_TEMPORARY = 30
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """`ephemeral_ports` is the kernel's range for outgoing connections, both ends included."""
+    """Of the machine, its environment and what is installed."""
 
-    ephemeral_ports: tuple[int, int]
     has_rdma: bool
     our_python: str
     engine_python: str
@@ -31,6 +30,8 @@ class HostFacts:
     """Folder of the modules an engine loads."""
     new_run_dir: Path
     temporary: Path
+    no_proxy: tuple[str, ...] = ()
+    """What the user has in NO_PROXY."""
     taken: Mapping[int, str] = field(default_factory=dict)
     """Ports that cannot be had, and who has them, in words."""
 
@@ -39,7 +40,6 @@ def gather(device: Device) -> HostFacts:
     from . import setup  # noqa: PLC0415  setup's own facts rest on this module's names
 
     return HostFacts(
-        ephemeral_ports=_ephemeral_ports(),
         has_rdma=any(Path("/sys/class/infiniband").glob("*")),
         our_python=sys.executable,
         engine_python=str(setup.EngineEnvironment.of(device).python),
@@ -49,7 +49,13 @@ def gather(device: Device) -> HostFacts:
         / "runs"
         / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
         temporary=_short_temporary(),
+        no_proxy=_no_proxy(),
     )
+
+
+def _no_proxy() -> tuple[str, ...]:
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    return tuple(host.strip() for host in given.split(",") if host.strip())
 
 
 def _short_temporary() -> Path:
@@ -58,6 +64,14 @@ def _short_temporary() -> Path:
     return usual if len(str(usual)) <= _LONGEST_TEMPORARY else Path("/tmp")  # noqa: S108  a private folder is made there
 
 
-def _ephemeral_ports() -> tuple[int, int]:
+def ephemeral_ports() -> tuple[int, int]:
+    """The kernel's range for outgoing connections, both ends included."""
     first, last = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
     return int(first), int(last)
+
+
+def reserved_ports() -> frozenset[int]:
+    """Those in it that the kernel leaves alone."""
+    text = Path("/proc/sys/net/ipv4/ip_local_reserved_ports").read_text().strip()
+    ends = [part.partition("-") for part in text.split(",") if part]
+    return frozenset(n for first, _, last in ends for n in range(int(first), int(last or first) + 1))

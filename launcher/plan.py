@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from engines import topology
 from engines.base import Role
@@ -40,7 +41,12 @@ UNPINNED_PORTS = (
 
 _WAITS_FOR_KV = 5 / 6
 """Share of the engines' transfer timeout that the proxy waits for decode's first event: it must know first."""
+HIDDEN = "***"
+_SECRET = re.compile(r"(?i)(^|_)(key|token|secret|password)(_|$)")
 _STORE_FILE = "mooncake.json"
+_PROXY_GRACE_S = 30.0
+"""pd-proxy's own default of --shutdown-grace-s."""
+_PROXY_ENDS_S = 10.0
 
 
 class Process(Frozen):
@@ -53,6 +59,8 @@ class Process(Frozen):
     unset: tuple[str, ...] = ()
     ports: tuple[Port, ...]
     log: Path
+    stops_within_s: float = 0
+    """How long it may take to stop whatever nodes may: it finishes what it has begun."""
 
 
 class NodeProcess(Process):
@@ -65,11 +73,16 @@ class NodeProcess(Process):
     seat: Seat
 
 
+AnyProcess = TypeVar("AnyProcess", bound=Process)
+
+
 class Plan(Frozen):
     """Everything that will be started: the nodes side by side, then the proxy."""
 
     engine: Literal["vllm", "sim"]
     connector: ConnectorName
+    protocol: mooncake.Protocol
+    """How KV moves: as asked for, or chosen from the hardware."""
     model: str
     served_model_name: str
     run_dir: Path
@@ -116,8 +129,42 @@ class Plan(Frozen):
         nodes = [new if node.name == new.name else node for node in self.nodes]
         return self.model_copy(update={"nodes": (*nodes, new) if is_new else tuple(nodes)})
 
+    def without_secrets(self) -> "Plan":
+        """To be shown and passed on: what `--env` and `--args` give as keys, tokens and passwords is left out."""
+        return self.model_copy(
+            update={
+                "services": tuple(map(_without_secrets, self.services)),
+                "nodes": tuple(map(_without_secrets, self.nodes)),
+                "proxy": _without_secrets(self.proxy),
+            }
+        )
+
     def as_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2)
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable or flag of that name holds one."""
+    return _SECRET.search(name.replace("-", "_")) is not None
+
+
+def _without_secrets(process: AnyProcess) -> AnyProcess:
+    environment = {name: HIDDEN if is_secret(name) else value for name, value in process.environment.items()}
+    words = secret_words(process.command)
+    command = tuple(
+        word if not flag else f"{flag}={HIDDEN}" if word.startswith(flag) else HIDDEN for word, flag in words
+    )
+    return process.model_copy(update={"environment": environment, "command": command})
+
+
+def secret_words(command: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each word, and the flag whose secret it holds; an empty one for all others."""
+    before = ""
+    for word in command:
+        flag, equals, _ = word.partition("=")
+        is_one = flag.startswith("--") and is_secret(flag)
+        yield word, flag if is_one and equals else before
+        before = flag if is_one and not equals else ""
 
 
 def make_plan(config: LaunchConfig, facts: HostFacts, seats: Sequence[Seat] = ()) -> Plan:
@@ -126,7 +173,7 @@ def make_plan(config: LaunchConfig, facts: HostFacts, seats: Sequence[Seat] = ()
     Raises ConfigError when the configuration cannot be carried out on any host, or not on this one, and PortBusyError
     when too many ports of a range are taken.
     """
-    check_ranges(config, facts)
+    check_ranges(config)
     room = Room(config, facts)
     run_dir = (config.run_dir or facts.new_run_dir).expanduser().absolute()
     temporary = facts.temporary / f"pdl-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:12]}"
@@ -136,6 +183,7 @@ def make_plan(config: LaunchConfig, facts: HostFacts, seats: Sequence[Seat] = ()
     return Plan(
         engine=config.engine,
         connector=config.connector,
+        protocol=_protocol(config, facts),
         services=tuple(_services(config, facts, run_dir, store)),
         files=_files(config, facts, store),
         model=_model_argument(config, facts),
@@ -190,6 +238,7 @@ def _node(config: LaunchConfig, facts: HostFacts, seat: Seat, run_dir: Path, tem
         max_model_len=config.max_model_len,
         devices=seat.devices,
         extra_args=(*config.args, *role_args, *own_args),
+        no_proxy=facts.no_proxy,
     )
     own_folder = str(temporary / seat.name)
     environment = command.environment(launch) | {"TMPDIR": own_folder, "VLLM_RPC_BASE_PATH": own_folder}
@@ -272,7 +321,19 @@ def _proxy(config: LaunchConfig, facts: HostFacts, run_dir: Path) -> Process:
         environment={"PYTHONUNBUFFERED": "1"},
         ports=(port,),
         log=run_dir / "proxy.log",
+        stops_within_s=_proxy_stops_within_s(config),
     )
+
+
+def _proxy_stops_within_s(config: LaunchConfig) -> float:
+    """Its delay and its grace time, which are flags of its own, and a moment to end what is left by then."""
+    given = dict(pairwise(config.proxy_args))
+    given |= dict(arg.split("=", 1) for arg in config.proxy_args if "=" in arg)
+    delay, grace = given.get("--shutdown-delay-s", "0"), given.get("--shutdown-grace-s", f"{_PROXY_GRACE_S}")
+    try:
+        return float(delay) + float(grace) + _PROXY_ENDS_S
+    except ValueError:  # the proxy refuses it in its own words
+        return _PROXY_GRACE_S + _PROXY_ENDS_S
 
 
 def _protocol(config: LaunchConfig, facts: HostFacts) -> mooncake.Protocol:

@@ -13,7 +13,7 @@ from typing import Literal
 import psutil
 from packaging.version import InvalidVersion, Version
 
-from . import setup
+from . import facts, setup
 from .config import TINY_MODEL, LaunchConfig, flag_of
 from .errors import LauncherError, PortBusyError, PreflightError
 from .plan import Plan, is_local_path
@@ -190,7 +190,7 @@ def _folders(plan: Plan) -> Iterator[Finding]:
     """Logs must have a place before there is something to log."""
     folder = plan.run_dir
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as exc:
@@ -230,12 +230,18 @@ def _machine(config: LaunchConfig, plan: Plan) -> Iterator[Finding]:
                 "Start fewer nodes, or free memory",
             )
     else:
-        yield from _gpus(config)
-    if config.transfer_protocol == "rdma":
-        yield from _rdma()
+        yield from _gpus(config, plan)
+    if plan.protocol == "rdma":
+        yield from _rdma(config)
 
 
-def _gpus(config: LaunchConfig) -> Iterator[Finding]:
+def _gpus(config: LaunchConfig, plan: Plan) -> Iterator[Finding]:
+    if not config.devices and len(plan.nodes) > 1:
+        yield _error(
+            f"--device cuda without --devices: all {len(plan.nodes)} nodes would take the first GPU",
+            "Each of them takes nine tenths of its memory, and only one starts",
+            "Give one GPU (or two, four ...) for each node, like --devices 0,1",
+        )
     present = {path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")}
     if not present:
         yield _error("no NVIDIA device here (/dev/nvidia0)", "", "Check the driver; in a container, pass the GPUs in")
@@ -252,7 +258,8 @@ def _gpus(config: LaunchConfig) -> Iterator[Finding]:
         )
 
 
-def _rdma() -> Iterator[Finding]:
+def _rdma(config: LaunchConfig) -> Iterator[Finding]:
+    """Also where it was chosen because there is a device: Mooncake goes back to TCP without a word."""
     if not any(Path("/sys/class/infiniband").glob("*")):
         yield _error(
             "--transfer-protocol rdma, and this host has no RDMA device",
@@ -260,16 +267,29 @@ def _rdma() -> Iterator[Finding]:
             "--transfer-protocol tcp, or check the device (/sys/class/infiniband is empty)",
         )
         return
+    or_tcp = "" if config.transfer_protocol == "rdma" else ", or --transfer-protocol tcp"
+    if not any(Path("/dev/infiniband").glob("uverbs*")):
+        yield _error(
+            "this host has an RDMA device, and no /dev/infiniband/uverbs* to use it by",
+            "In a container the device is seen in /sys also where it was not passed in",
+            f"Pass /dev/infiniband into the container{or_tcp}",
+        )
     _, locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if locked != resource.RLIM_INFINITY:
         yield _error(
             f"only {locked // 1024} KiB may be locked (ulimit -l)",
             "RDMA registers the whole KV cache, which locks it in memory",
-            "ulimit -l unlimited (in a container: --ulimit memlock=-1)",
+            f"ulimit -l unlimited (in a container: --ulimit memlock=-1){or_tcp}",
         )
 
 
 def _addresses(config: LaunchConfig) -> Iterator[Finding]:
+    if ":" in config.host:
+        yield _error(
+            f"--host {config.host} is an IPv6 address",
+            "vLLM's bootstrap server listens on IPv4 only, and a prefill node would never become ready",
+            "Name one of this host's IPv4 addresses",
+        )
     if _is_wildcard(config.host):
         yield _error(
             f"--host {config.host} is no address that a peer could connect to",
@@ -328,6 +348,7 @@ def _own_name_resolves_to() -> str | None:
 
 def _ports(plan: Plan) -> Iterator[Finding]:
     problems = []
+    yield from _ephemeral(plan)
     for process in plan.processes:
         for port in process.ports:
             try:
@@ -342,6 +363,21 @@ def _ports(plan: Plan) -> Iterator[Finding]:
         flags = "  ".join(f"{flag_of(name)}" for name in _FLAG_OF_PURPOSE.values())
         mend = f"End what holds them, or choose other ports with {flags}"
         yield Finding("error", "\n".join(problems), "", mend, PortBusyError.exit_code)
+
+
+def _ephemeral(plan: Plan) -> Iterator[Finding]:
+    """Ports are held until their node listens, but a node that is down for a moment cannot hold them."""
+    first, last = facts.ephemeral_ports()
+    reserved = facts.reserved_ports()
+    ours = [port for process in plan.processes for port in process.ports]
+    at_risk = [p for p in ours if any(first <= n <= last and n not in reserved for n in (p.first, p.last))]
+    if at_risk:
+        listed = ", ".join(f"{port.purpose} {port}" for port in at_risk[:3]) + (" ..." if len(at_risk) > 3 else "")
+        yield _warning(
+            f"{listed}: in {first}-{last}, from which the kernel takes ports for outgoing connections",
+            "Any program may take one at any moment",
+            "Choose ports outside it, or reserve them: sysctl net.ipv4.ip_local_reserved_ports",
+        )
 
 
 def _used_by_others(name: str, port: Port) -> Iterator[Finding]:

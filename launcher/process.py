@@ -15,6 +15,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -49,7 +50,7 @@ class Child:
         tied = (sys.executable, "-I", "-S", tether.__file__, str(os.getpid()), *spec.command)
         try:
             _make(folder)
-            with spec.log.open("ab") as log:
+            with _appended_to(spec.log) as log:
                 process = await asyncio.create_subprocess_exec(
                     *tied,
                     stdin=asyncio.subprocess.DEVNULL,
@@ -128,6 +129,11 @@ class Child:
         while any(_of_group(self.pid)):
             await asyncio.sleep(0.1)
         self._is_gone = True
+
+
+def _appended_to(log: Path) -> IO[bytes]:
+    """For this user only: prompts and keys may be in it. A link that somebody else put there is not followed."""
+    return os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600), "ab")
 
 
 def _make(folder: Path) -> None:

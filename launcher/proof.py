@@ -150,5 +150,11 @@ def key() -> dict[str, str]:
     return {"Authorization": f"Bearer {keys[0]}"} if keys[0] else {}
 
 
+def node_key() -> dict[str, str]:
+    """... and the nodes' own."""
+    given = os.environ.get("PD_NODE_API_KEY")
+    return {"Authorization": f"Bearer {given}"} if given else {}
+
+
 def _ignore(_: str) -> None:
     return

@@ -3,8 +3,11 @@
 import fcntl
 import hashlib
 import os
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +21,11 @@ from .facts import APPLICATION
 
 _STATE = "state.json"
 _LOCK = ".lock"
+_PREVIOUS = "previous"
+_PREVIOUS_KEPT = 5
+_KEPT_WITH_IT = ("launcher.log", "lock.json", "topology.json", "mooncake.json")
+_TRIES = 3
+_BETWEEN_TRIES_S = 0.02
 _TAKES_S = 5
 
 
@@ -81,6 +89,16 @@ def this_machine() -> str:
     return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
 
 
+def _lock_exclusively(lock: int) -> None:
+    """Whoever only looks whether a run is alive holds it for a moment. Raises BlockingIOError, OSError."""
+    for _ in range(_TRIES):
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(_BETWEEN_TRIES_S)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 class NoRunError(ConfigError):
     """There is none that could be meant."""
 
@@ -99,12 +117,16 @@ class RunFolder:
         except OSError as exc:
             raise ConfigError(f"cannot use {self.path} for a run: {exc.strerror}", "Choose another --run-dir") from exc
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            _lock_exclusively(lock)
+        except BlockingIOError:
             os.close(lock)
             raise ConfigError(
                 f"another run uses {self.path}", f"`pd-launch stop --run-dir {self.path}`, or choose another --run-dir"
             ) from None
+        except OSError as exc:
+            os.close(lock)
+            hint = "Choose a --run-dir on another file system, a local one"
+            raise ConfigError(f"the file system of {self.path} has no locks: {exc.strerror}", hint) from exc
         self._lock = lock
         self._register()
 
@@ -128,15 +150,17 @@ class RunFolder:
 
     @property
     def is_alive(self) -> bool:
-        """Whether a launcher holds it. Looking does not disturb one that wants to."""
+        """Whether a launcher holds it. Looking takes a moment, in which one that wants to tries again."""
         try:
             lock = os.open(self.path / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return False
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return True
+        except OSError:  # no locks there, so no run
+            return False
         finally:
             os.close(lock)
         return False
@@ -151,13 +175,31 @@ class RunFolder:
             return RunState.model_validate_json((self.path / _STATE).read_text())
         return None
 
-    def clear(self) -> None:
-        """The logs of an earlier run here would be taken for this one's. Nothing else in the folder is touched."""
+    def set_aside(self) -> None:
+        """What an earlier run left here goes into a folder of its own, the last few of which are kept.
+
+        Its logs would be taken for this run's, and they may be all that tells of a crash. Nothing else is touched.
+        Raises ConfigError when processes of it still live: with its state the only record of them would be gone.
+        """
         earlier = self.read()
-        for child in earlier.children if earlier else ():
-            for log in (child.log, *child.log.parent.glob(f"{child.log.name}.[0-9]")):
-                log.unlink(missing_ok=True)
-        (self.path / _STATE).unlink(missing_ok=True)
+        if earlier is None:
+            return
+        left = left_behind(earlier) if earlier.machine == this_machine() else []
+        if left:
+            pids = ", ".join(str(one.pid) for one in left)
+            hint = "`pd-launch clean` shows them, `pd-launch clean --yes` ends them"
+            raise ConfigError(f"processes of an earlier run in {self.path} still live: {pids}", hint)
+        process.remove_unmapped(file for child in earlier.children for file in child.shared_memory)
+        began = datetime.fromtimestamp(earlier.began).astimezone()
+        kept = self.path / _PREVIOUS / began.strftime("%Y%m%d-%H%M%S")
+        kept.mkdir(parents=True, exist_ok=True)
+        logs = (log for child in earlier.children for log in child.log.parent.glob(f"{child.log.name}*"))
+        others = (self.path / name for name in (_STATE, *_KEPT_WITH_IT))
+        for file in (*logs, *others):
+            if file.exists():
+                file.replace(kept / file.name)
+        for old in sorted((self.path / _PREVIOUS).iterdir())[:-_PREVIOUS_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def folder() -> Path:

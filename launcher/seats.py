@@ -151,7 +151,8 @@ def has_store(config: LaunchConfig) -> bool:
     return config.connector in ("MooncakeStoreConnector", "MultiConnector") and config.engine == "vllm"
 
 
-def check_ranges(config: LaunchConfig, facts: HostFacts) -> None:
+def check_ranges(config: LaunchConfig) -> None:
+    """Raises ConfigError."""
     proxy = PortRange(first=config.proxy_port, last=config.proxy_port)
     purposes = ("http_ports", "bootstrap_ports", "transfer_ports", "store_ports", "store_client_ports")
     ranges = {name: getattr(config, name) for name in purposes}
@@ -164,14 +165,6 @@ def check_ranges(config: LaunchConfig, facts: HostFacts) -> None:
                     f"{flag_of(one)} {ranges[one]} and {flag_of(other)} {ranges[other]} overlap",
                     "Give every purpose a range of its own",
                 )
-    ephemeral = PortRange(first=facts.ephemeral_ports[0], last=facts.ephemeral_ports[1])
-    for name, ports in ranges.items():
-        if ports.overlaps(ephemeral):
-            raise ConfigError(
-                f"{flag_of(name)} {ports} overlaps {ephemeral}, from which the kernel takes ports for outgoing "
-                "connections",
-                "Any program may take one at any moment; choose ports outside it",
-            )
     if config.engine == "vllm":
         _check_transfer_range(config.transfer_ports)
 

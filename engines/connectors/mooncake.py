@@ -116,6 +116,7 @@ def environment(
     if bootstrap_port is not None:
         variables["VLLM_MOONCAKE_BOOTSTRAP_PORT"] = str(bootstrap_port)
     if protocol == "tcp":
+        variables["MC_FORCE_TCP"] = "1"  # else an adapter that is there is used, whatever the protocol says
         # One connection a transfer runs a busy node out of local ports (Mooncake #1954).
         variables["MC_TCP_ENABLE_CONNECTION_POOL"] = "true"
     return variables

@@ -46,6 +46,8 @@ class Launch:
     max_model_len: int | None = None
     devices: tuple[str, ...] = ()
     extra_args: tuple[str, ...] = ()
+    no_proxy: tuple[str, ...] = ()
+    """What is not to be asked through the HTTP proxy, as the user has it: a mirror of the hub, say."""
 
 
 def arguments(launch: Launch) -> list[str]:
@@ -103,8 +105,8 @@ def environment(launch: Launch) -> dict[str, str]:
         "VLLM_HOST_IP": launch.host,  # else guessed, and a wrong network card is a transfer that times out
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",  # the default, 5 s, drops the proxy's idle connections
         "VLLM_NO_USAGE_STATS": "1",
-        "NO_PROXY": f"{launch.host},127.0.0.1,localhost",  # nodes ask each other's bootstrap over plain HTTP
-        "no_proxy": f"{launch.host},127.0.0.1,localhost",
+        "NO_PROXY": ",".join((launch.host, "127.0.0.1", "localhost", *launch.no_proxy)),  # bootstrap is plain HTTP
+        "no_proxy": ",".join((launch.host, "127.0.0.1", "localhost", *launch.no_proxy)),
         "PYTHONUNBUFFERED": "1",
     }
     if launch.store is not None:
@@ -120,6 +122,10 @@ def environment(launch: Launch) -> dict[str, str]:
     return variables
 
 
-UNSET = ("VLLM_PORT", "MC_HANDSHAKE_PORT", "MC_LEGACY_RPC_PORT_BINDING", "VLLM_USE_V1")
+UNSET = (
+    "VLLM_PORT", "MC_HANDSHAKE_PORT", "MC_LEGACY_RPC_PORT_BINDING", "VLLM_USE_V1", "VLLM_API_KEY",
+    "PD_PROXY_API_KEYS", "PD_PROXY_ADMIN_KEY", "PD_NODE_API_KEY",
+)  # fmt: skip
 """Taken out of a node's environment: Kubernetes sets VLLM_PORT to a URI for any service named vllm, which is a
-start-up error, and the others mislead."""
+start-up error; with VLLM_API_KEY nodes would refuse a proxy that was given no key; keys of the proxy are none of an
+engine's business; and the others mislead. What `--env` sets stays."""

@@ -105,3 +105,10 @@ def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
     file = tmp_path / "pd.yaml"
     file.write_text("# nothing yet\n")
     assert load({"model": "tiny"}, file) == config()
+
+
+@pytest.mark.parametrize("args", [["--port", "9"], ["--tls-key=x"], ["--topology", "f"], ["--config=f"], ["--host=::"]])
+def test_flags_of_the_proxy_that_would_contradict_the_plan_are_refused_at_once(args: list[str]) -> None:
+    with pytest.raises(ConfigError, match=f"{args[0].split('=')[0]} (is set|does not go|may hold)"):
+        load({"model": "m", "proxy_args": args}, None)
+    assert load({"model": "m", "proxy_args": ["--resume", "--queue-timeout-s=3"]}, None).proxy_args

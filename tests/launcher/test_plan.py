@@ -15,9 +15,9 @@ from launcher.config import load
 from launcher.errors import ConfigError, PortBusyError
 from launcher.facts import HostFacts
 from launcher.plan import Plan, another_node, make_plan, moved_node
+from launcher.shell import script
 
 FACTS = HostFacts(
-    ephemeral_ports=(32768, 60999),
     has_rdma=False,
     our_python="/ours/python",
     engine_python="/cache/engine/bin/python",
@@ -35,6 +35,39 @@ def plan(facts: HostFacts = FACTS, **flags: Any) -> Plan:
 def kv_config(command: tuple[str, ...]) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(command[command.index("--kv-transfer-config") + 1])
     return config
+
+
+def test_tcp_means_tcp_also_where_an_adapter_is() -> None:
+    """Mooncake's engine finds adapters by itself, whatever protocol it is given."""
+    with_adapter = replace(FACTS, has_rdma=True)
+    assert plan(with_adapter, device="cuda", transfer_protocol="tcp").nodes[0].environment["MC_FORCE_TCP"] == "1"
+    assert "MC_FORCE_TCP" not in plan(with_adapter, device="cuda").nodes[0].environment
+
+
+def test_no_key_of_the_proxy_or_of_the_shell_reaches_an_engine() -> None:
+    node = plan().nodes[0]
+    assert {"PD_PROXY_API_KEYS", "PD_PROXY_ADMIN_KEY", "PD_NODE_API_KEY", "VLLM_API_KEY"} <= set(node.unset)
+    assert plan(env=["VLLM_API_KEY=mine"]).nodes[0].environment["VLLM_API_KEY"] == "mine"
+    assert plan().proxy.unset == ()
+
+
+def test_what_the_user_keeps_from_the_http_proxy_stays_kept_from_it() -> None:
+    made = plan(replace(FACTS, no_proxy=("hf.corp.example", "10.0.0.0/8")))
+    for name in ("NO_PROXY", "no_proxy"):
+        assert made.nodes[0].environment[name] == "127.0.0.1,127.0.0.1,localhost,hf.corp.example,10.0.0.0/8"
+
+
+@pytest.mark.parametrize(
+    ("args", "seconds"),
+    [
+        ([], 40),
+        (["--shutdown-grace-s", "100"], 110),
+        (["--shutdown-grace-s=100", "--shutdown-delay-s", "5"], 115),
+        (["--shutdown-grace-s", "soon"], 40),
+    ],
+)
+def test_the_proxy_may_take_as_long_to_stop_as_it_lets_answers_run(args: list[str], seconds: float) -> None:
+    assert plan(proxy_args=args).proxy.stops_within_s == seconds
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.sampled_from(["vllm", "sim"]))
@@ -197,7 +230,6 @@ def test_a_sockets_path_in_the_temporary_folder_fits_the_kernels_limit() -> None
         ({"transfer_ports": "20000-20020"}, "--transfer-ports 20000-20020 has 21 ports, .* need 32"),
         ({"bootstrap_ports": "8150-8160"}, "--http-ports 8100-8199 and --bootstrap-ports 8150-8160 overlap"),
         ({"proxy_port": 8105}, "--http-ports 8100-8199 and --proxy-port 8105-8105 overlap"),
-        ({"http_ports": "40000-40100"}, "--http-ports 40000-40100 overlaps 32768-60999"),
         ({"transfer_ports": "1000-2000"}, "reaches into 0-1023, which Mooncake does not take"),
         ({"devices": "0"}, "--device is cpu"),
         ({"device": "cuda", "devices": "0,1,2"}, "3 devices cannot be shared out evenly to 2 nodes"),
@@ -258,3 +290,19 @@ def test_a_slice_knows_how_many_of_its_ports_must_be_free() -> None:
     assert needed() == {"api": 1, "bootstrap": 1, "transfer": 4}
     assert needed(connector="MultiConnector") == {"api": 1, "bootstrap": 1, "transfer": 6, "store client": 3}
     assert needed(device="cuda", devices="0,1,2,3")["transfer"] == 6
+
+
+def test_a_plan_that_is_shown_has_no_secret_in_it() -> None:
+    secrets: dict[str, Any] = {
+        "env": ["HF_TOKEN=hidden", "TOKENIZERS_PARALLELISM=shown"],
+        "args": ["--api-key", "hidden", "--seed=1"],
+    }
+    made = plan(**secrets, decode_args=["--api-key=hidden"])
+    assert "hidden" in made.as_json()
+    for text in (made.without_secrets().as_json(), script(made)):
+        assert "hidden" not in text
+        assert "TOKENIZERS_PARALLELISM" in text
+        assert "--seed=1" in text
+    assert ': "${API_KEY:?}"\n: "${HF_TOKEN:?}"\n' in script(made)
+    assert '  HF_TOKEN="$HF_TOKEN" \\' in script(made)
+    assert '--api-key "$API_KEY"' in script(made)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launcher import preflight, setup
+from launcher import facts, preflight, setup
 from launcher.config import load
 from launcher.facts import HostFacts
 from launcher.plan import Plan, make_plan
@@ -88,13 +88,13 @@ def test_variables_that_the_plan_decides_are_refused(tmp_path: Path) -> None:
     assert "--transfer-ports" in found(findings, "--env MC_MIN_RPC_PORT")
 
 
-def plan_of(**flags: Any) -> tuple[Any, Plan]:
-    facts = HostFacts(
-        ephemeral_ports=(32768, 60999), has_rdma=False, our_python="python", engine_python="/no/python",
+def plan_of(*, has_rdma: bool = False, **flags: Any) -> tuple[Any, Plan]:
+    host = HostFacts(
+        has_rdma=has_rdma, our_python="python", engine_python="/no/python",
         tiny_model=Path("/tiny"), plugins=Path("/plugins"), new_run_dir=Path("/nowhere"), temporary=Path("/tmp"),
     )  # fmt: skip
     config = load({"model": "some/model", **flags}, None)
-    return config, make_plan(config, facts)
+    return config, make_plan(config, host)
 
 
 def whats(findings: Any) -> str:
@@ -127,6 +127,63 @@ def test_rdma_without_a_device_is_refused_where_mooncake_would_use_tcp_without_a
 def test_gpus_that_are_not_here_are_refused() -> None:
     config, plan = plan_of(device="cuda", devices="0,1")
     assert "error: no NVIDIA device here" in whats(preflight.check(config, plan, {}))
+
+
+def test_nodes_that_would_all_take_the_first_gpu_are_refused() -> None:
+    config, plan = plan_of(device="cuda")
+    assert "error: --device cuda without --devices: all 2 nodes would take the first GPU" in whats(
+        preflight.check(config, plan, {})
+    )
+
+
+@pytest.fixture
+def adapter(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """A host with an RDMA device; what of it can be used is for the test to say."""
+    there = {"/sys/class/infiniband/mlx5_0"}
+    usual = Path.glob
+
+    def glob(path: Path, pattern: str) -> Any:
+        if str(path) in ("/sys/class/infiniband", "/dev/infiniband"):
+            return [Path(one) for one in there if one.startswith(str(path))]
+        return usual(path, pattern)
+
+    monkeypatch.setattr(Path, "glob", glob)
+    return there
+
+
+def test_an_adapter_that_cannot_be_used_is_refused_also_where_it_was_chosen_here(
+    adapter: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen in /sys of a container, and not passed in: Mooncake would use TCP, with a prefix cache that TCP spoils."""
+    config, plan = plan_of(device="cuda", devices="0,1", has_rdma=True)
+    assert plan.protocol == "rdma"
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (65536, 65536))
+    said = whats(preflight.check(config, plan, {}))
+    assert "error: this host has an RDMA device, and no /dev/infiniband/uverbs*" in said
+    assert "error: only 64 KiB may be locked" in said
+    adapter.add("/dev/infiniband/uverbs0")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    said = whats(preflight.check(config, plan, {}))
+    assert "uverbs" not in said
+    assert "may be locked" not in said
+
+
+def test_ports_that_the_kernel_gives_away_are_a_warning_unless_they_are_reserved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the range is 1024-65535 no other could be chosen."""
+    monkeypatch.setattr(facts, "ephemeral_ports", lambda: (1024, 65535))
+    config, plan = plan_of()
+    assert "warning: api 8100, bootstrap 8900, transfer 20000-20015 ...: in 1024-65535" in whats(
+        preflight.check(config, plan, {})
+    )
+    monkeypatch.setattr(facts, "reserved_ports", lambda: frozenset(range(8000, 29000)))
+    assert "1024-65535" not in whats(preflight.check(config, plan, {}))
+
+
+def test_an_ipv6_address_is_refused_that_no_prefill_node_could_be_reached_at() -> None:
+    config, plan = plan_of(host="::1")
+    assert "error: --host ::1 is an IPv6 address" in whats(preflight.check(config, plan, {}))
 
 
 def test_memory_that_moves_is_refused_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from launcher import process
+from launcher.errors import LauncherError
 from launcher.plan import Process
 from launcher.process import Child
 
@@ -208,3 +209,18 @@ asyncio.run(main())
 @pytest.mark.parametrize(("code", "words"), [(0, "exit code 0"), (3, "exit code 3"), (-9, "killed by SIGKILL")])
 def test_an_exit_is_said_in_words(code: int, words: str) -> None:
     assert process.exit_in_words(code) == words
+
+
+def test_a_log_is_for_its_user_only_and_no_link_is_followed(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with child(tmp_path, OBEYS):
+            pass
+        assert (tmp_path / "c.log").stat().st_mode & 0o777 == 0o600
+        (tmp_path / "c.log").unlink()
+        (tmp_path / "c.log").symlink_to(tmp_path / "victim")
+        with pytest.raises(LauncherError, match="cannot start c"):
+            async with child(tmp_path, OBEYS):
+                pass
+        assert not (tmp_path / "victim").exists()
+
+    asyncio.run(story())

@@ -29,7 +29,7 @@ def test_the_environments_folder_names_the_versions_in_it() -> None:
 def test_the_gpu_commands_install_the_gpu_builds() -> None:
     commands = [" ".join(command) for _, command in EngineEnvironment.of("cuda").commands()]
     assert f"vllm=={setup.VLLM_VERSION}" in commands[-1]
-    assert "mooncake-transfer-engine==" in commands[-1]
+    assert "mooncake-transfer-engine-cuda13==" in commands[-1], "the plain one is for CUDA 12"
     assert not any("cpu" in command.replace(str(EngineEnvironment.of("cuda").folder), "") for command in commands)
 
 
@@ -57,7 +57,21 @@ def test_the_wrong_build_of_mooncake_is_explained(tmp_path: Path) -> None:
     broken = python_that(tmp_path, "echo 'ImportError: libcudart.so.12: cannot open' >&2; exit 1")
     with pytest.raises(PreflightError) as error:
         setup.engine_versions(broken)
+    assert "mooncake-transfer-engine-cuda13" in error.value.hint
     assert "mooncake-transfer-engine-non-cuda" in error.value.hint
+
+
+def test_a_host_without_a_driver_is_told_which_it_needs(tmp_path: Path) -> None:
+    broken = python_that(tmp_path, "echo 'ImportError: libcuda.so.1: cannot open shared object file' >&2; exit 1")
+    with pytest.raises(PreflightError) as error:
+        setup.engine_versions(broken)
+    assert "driver, 580 or newer" in error.value.hint
+
+
+def test_the_cuda_build_needs_the_adapters_library_as_well() -> None:
+    """Of its engine.so: NEEDED libmlx5.so.1."""
+    assert setup.libraries_of("cuda")["libmlx5.so.1"] == "ibverbs-providers"
+    assert "libmlx5.so.1" not in setup.libraries_of("cpu")
 
 
 def test_the_tiny_model_is_keyed_by_the_program_that_makes_it() -> None:

@@ -145,6 +145,27 @@ def test_a_run_outlives_a_full_disk_and_starts_a_dead_node_again_meanwhile(tmp_p
         assert run.end() == 0
 
 
+def test_an_answer_that_runs_when_the_run_is_stopped_is_finished(tmp_path: Path) -> None:
+    """The proxy lets it: its own grace time counts, not the time that nodes have to stop."""
+    with up(tmp_path, *SIM, "--stop-timeout-s", "0.5") as run:
+        run.until("Ready:", PATIENCE_S)
+        http.post(f"{run.nodes('decode')[0]}/sim", json={"itl_s": 0.3}).raise_for_status()
+        body = {"prompt": "hello", "max_tokens": 10, "stream": True}
+        with http.stream("POST", f"{run.url}/v1/completions", json=body, timeout=60) as answer:
+            assert answer.status_code == 200
+            run.process.send_signal(signal.SIGINT)
+            assert answer.read().endswith(b"data: [DONE]\n\n")
+        assert run.process.wait(60) == 0
+
+
+def test_a_screen_that_knows_no_tick_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    with up(tmp_path, *SIM) as run:
+        run.until("Ready:", PATIENCE_S)
+        assert "? decode-0" in run.output
+        assert run.end() == 0
+
+
 def test_the_proxy_is_started_again_too(tmp_path: Path) -> None:
     with up(tmp_path, *SIM) as run:
         run.until("Ready:", PATIENCE_S)
@@ -260,7 +281,7 @@ def test_setup_names_the_interpreter_it_would_make() -> None:
 def test_setup_for_gpus_shows_what_it_would_run() -> None:
     result = run_to_end(["setup", "--device", "cuda"])
     assert result.returncode == 0
-    assert "mooncake-transfer-engine==" in result.stdout
+    assert "mooncake-transfer-engine-cuda13==" in result.stdout
 
 
 def test_setup_refuses_an_environment_without_an_engine() -> None:
@@ -306,11 +327,26 @@ def test_a_run_can_be_repeated_from_its_lock_file(tmp_path: Path) -> None:
         assert f"is taken by pid {os.getpid()}" in result.stderr
 
 
-def test_the_plan_as_a_shell_script_is_one_that_bash_reads() -> None:
-    result = run_to_end(["plan", *SIM, "--shell", "--env", "NAME=it's a value"])
-    checked = subprocess.run(["/bin/bash", "-n"], input=result.stdout, text=True, capture_output=True, check=False)
-    assert checked.returncode == 0, checked.stderr
-    assert "engines.sim" in result.stdout
+def test_the_plan_as_a_shell_script_starts_the_same_and_ends_nothing_else(tmp_path: Path) -> None:
+    """Whoever runs it goes on when it ends: a Makefile, say."""
+    port, run_dir = free_port(), tmp_path / "run"
+    own = [*own_ports(2), "--proxy-port", str(port), "--run-dir", str(run_dir)]
+    script = tmp_path / "start.sh"
+    result = run_to_end(["plan", *SIM, *own, "--shell", "--env", "NAME=it's a value", "--env", "HF_TOKEN=secret"])
+    script.write_text(result.stdout)
+    bare = {"PATH": os.environ["PATH"]}
+    refused = subprocess.run(["/bin/bash", script], env=bare, capture_output=True, text=True, check=False, timeout=60)
+    assert (refused.returncode != 0, "HF_TOKEN" in refused.stderr) == (True, True)
+    program = f"bash {script} & echo $! > {tmp_path}/pid; wait; echo went on > {tmp_path}/after"
+    with subprocess.Popen(["/bin/bash", "-c", program], env=os.environ | {"HF_TOKEN": "secret"}) as caller:
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: http.get(f"{url}/readyz").is_success, "the proxy")
+        wait_until(lambda: http.get(f"{url}/health").json()["status"] == "ok", "the nodes")
+        started = psutil.Process(caller.pid).children(recursive=True)
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+        assert caller.wait(60) == 0
+    assert (tmp_path / "after").exists()
+    assert len(psutil.wait_procs(started, 30)[0]) == len(started) >= 4
 
 
 def test_the_self_test_passes_stage_by_stage(tmp_path: Path) -> None:
