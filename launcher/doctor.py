@@ -94,7 +94,8 @@ def _where(hit: Hit) -> str:
 def _named(word: str, hits: Sequence[Hit]) -> Iterator[str]:
     for hit in hits:
         often = f" ({hit.times} times)" if hit.times > 1 else ""
-        yield f"{word:<6} {hit.log}: {hit.meaning.id}{often}, line {hit.number}"
+        place = f", line {hit.number}" if hit.number else ""
+        yield f"{word:<6} {hit.log}: {hit.meaning.id}{often}{place}"
 
 
 def as_data(diagnosis: Diagnosis) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from .catalogue import Symptom
 from .families import explained
 from .lines import Clock
 from .meaning import CAUSES, CONSEQUENCES, REMARKS, Kind, Meaning
@@ -98,11 +99,17 @@ def _of(hits: list[tuple[Hit, Found]], kinds: frozenset[Kind], *, grave: bool) -
     return tuple(hit for hit, found in hits if hit.meaning.kind in kinds and found.is_grave is grave)
 
 
+def _how_vague(hit: Hit) -> tuple[bool, bool, bool, int]:
+    """A text that the catalogue knows says the most, an errno or an unknown error the least."""
+    meaning = hit.meaning
+    return not isinstance(meaning, Symptom), meaning is UNKNOWN, meaning.id.startswith("errno-"), hit.number
+
+
 def _first_failure_first(causes: tuple[Hit, ...]) -> tuple[Hit, ...]:
     """The earliest event wins. Of what its node says at that time a known cause is more telling than an unknown one."""
     if not causes:
         return ()
     first = causes[0]
     together = [hit for hit in causes if hit.log == first.log and _at(hit) - _at(first) <= _TOGETHER_S]
-    told = min(together, key=lambda hit: (hit.meaning is UNKNOWN, hit.meaning.id.startswith("errno-"), hit.number))
+    told = min(together, key=_how_vague)
     return (told, *(hit for hit in causes if hit is not told))

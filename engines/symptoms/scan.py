@@ -35,6 +35,8 @@ _TELLS_OF_A_FAILURE = re.compile(
 )
 _SERIOUS: Final = frozenset({"ERROR", "CRITICAL", "FATAL"})
 _QUIET: Final = frozenset({"DEBUG", "INFO", "WARNING"})
+_OF_ONE_REQUEST: Final = frozenset({"asgi-exception", "request-failed"})
+"""The exception behind such a line is of a request's handler: the process goes on."""
 _LITERALS: Final = ("Error", "Exception", "Expired", "Failure", "Timeout", "ERROR", "CRITICAL", _TRACEBACK)
 _GLOG: Final = b"00000 00:00:00."
 """A line of glog of level E or F, blanked; those of level I and W keep their letter."""
@@ -141,14 +143,13 @@ class _Scanner:
             self._in_traceback.add(where)
             return None
         meaning = _meaning(line)
-        if meaning is not None and meaning.kind in ("noise", "fact", "stop", "start", "conditional"):
-            self._turn(meaning, line.source)
-            return (meaning, line.text, True) if meaning.kind == "conditional" else None
         exception = self._exception(line, where)  # asked in any case: a traceback ends with it
         if meaning is not None:
-            if meaning.id == "asgi-exception":
+            if meaning.id in _OF_ONE_REQUEST:
                 self._in_request.add(where)
-            return meaning, line.text, True
+            self._turn(meaning, line.source)
+            is_quiet = meaning.kind in ("noise", "fact", "stop", "start")
+            return None if is_quiet else (meaning, line.text, True)
         if exception is not None:
             is_grave = exception and where not in self._in_request
             self._in_request.discard(where)
@@ -219,12 +220,18 @@ def _meaning(line: Reading) -> Meaning | None:
     by_text = known(line.text) or (known(line.bare) if line.bare != line.text else None)
     if by_text is not None and by_text.kind != "symptom":
         return by_text
-    if line.level in _QUIET or not (line.level in _SERIOUS or _TELLS_OF_A_FAILURE.search(line.bare)):
+    tells = line.level in _SERIOUS or _TELLS_OF_A_FAILURE.search(line.bare) is not None
+    if line.level in _QUIET or not tells or _is_code(line.bare):
         return by_text
     by_family = families.explained(line.text)
     if by_text is None or (by_family is not None and by_family.kind == "root"):
         return by_family
     return by_text
+
+
+def _is_code(bare: str) -> bool:
+    """A line of a traceback that shows where it was."""
+    return bare.startswith(("    ", '  File "'))
 
 
 def _is_part_of_a_traceback(bare: str) -> bool:

@@ -62,6 +62,17 @@ def test_of_one_failure_the_most_telling_line_is_named() -> None:
     assert first(found) == ("decode", "bootstrap-connect-failed")
 
 
+def test_a_text_of_the_catalogue_says_more_than_the_class_of_the_exception() -> None:
+    found = told(
+        decode=[
+            at(1, "Traceback (most recent call last):"),
+            at(1, "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig"),
+            "  Value error, User-specified max_model_len (999999) is greater than the derived max_model_len (2048)",
+        ]
+    )
+    assert first(found) == ("decode", "max-model-len-too-big")
+
+
 def test_a_node_that_had_failed_well_before_the_first_known_cause_is_named() -> None:
     """Its engine was killed from outside, say; that others could not reach it later is no cause of that."""
     late = at(40, "Failed to connect to bootstrap server http://127.0.0.1:8998 (ConnectError): x")

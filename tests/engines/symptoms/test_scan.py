@@ -82,6 +82,17 @@ def test_one_requests_exception_is_not_taken_for_the_nodes_end() -> None:
     assert [(one.meaning.id, one.is_grave) for one in told] == [("asgi-exception", True), ("unknown-error", False)]
 
 
+def test_what_a_client_did_wrong_is_no_failure_of_the_node() -> None:
+    """As a real node tells it, at level ERROR and with a traceback."""
+    at = "(APIServer pid=7) ERROR 11-26 15:58:47 [serving.py:500] "
+    refused = ("Error in completion stream generator.", "Traceback (most recent call last):",
+               '  File "/x/sampling_params.py", line 7, in verify', "    raise VLLMValidationError(",
+               "vllm.exceptions.VLLMValidationError: Requested sample logprobs of 30 (parameter=logprobs)")  # fmt: skip
+    assert ids(*(at + line for line in refused)) == []
+    odd = ("Error in completion stream generator.", "Traceback (most recent call last):", "ValueError: odd")
+    assert [one.is_grave for one in found(*(at + line for line in odd))] == [False]
+
+
 def test_what_is_quiet_is_not_searched_for_words_of_failures() -> None:
     assert ids("INFO 11-23 03:36:12 [logger.py:1] Received request c-1: prompt: 'CUDA error: out of memory'") == []
     assert ids("INFO 11-23 03:36:12 [a.py:1] No space left on device (28) is what would be bad") == []

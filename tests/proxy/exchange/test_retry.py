@@ -186,7 +186,7 @@ def test_without_prefill_nodes_a_strict_proxy_refuses() -> None:
     ):
         prefill.process.kill()
         wait_until(lambda: not proxy.health()["nodes"][0]["usable"], "the death to be seen")
-        answer = http.post(f"{proxy.url}/v1/completions", json=BODY)
+        answer = http.post(f"{proxy.url}/v1/completions", json=BODY, timeout=60)  # it waits a moment for the node
         assert (answer.status_code, answer.json()["error"]["type"]) == (503, "ServiceUnavailableError")
         assert answer.headers["retry-after"]
 
