@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from engines.symptoms.lines import Clock, read
+from engines.symptoms.lines import Clock, read, shown
 
 from .errors import ConfigError
 
@@ -97,7 +97,7 @@ def parts(file: Path, offset: int | None = None) -> Iterator[bytes]:
 def _dated(file: Path, raw: Iterable[bytes], own: Clock) -> Iterator[Line]:
     last = -math.inf
     for number, data in enumerate(raw, 1):
-        text = _text(data)
+        text = shown(data)
         stamps = read(text[:_STAMP_CHARACTERS]).stamps
         last = own.when(stamps[0]) if stamps else last
         yield Line(file.stem, number, last, text)
@@ -139,7 +139,7 @@ async def follow(files: Sequence[Path], places: dict[Path, int]) -> AsyncIterato
         for file in files:
             for raw in _new_lines(file, places):
                 numbers[file] += 1
-                yield Line(file.stem, numbers[file], -math.inf, _text(raw))
+                yield Line(file.stem, numbers[file], -math.inf, shown(raw))
         await asyncio.sleep(_LOOK_EVERY_S)
 
 
@@ -176,11 +176,6 @@ def turn_over(file: Path, most_bytes: int = _MOST_BYTES) -> bool:
     with file.open("r+b") as log:
         log.truncate()
     return True
-
-
-def _text(raw: bytes) -> str:
-    """As a terminal would show it: what a progress bar has overwritten is gone."""
-    return raw.decode("utf-8", "replace").rstrip("\r\n").rsplit("\r", 1)[-1]
 
 
 def coloured(names: Iterable[str]) -> dict[str, str]:

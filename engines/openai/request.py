@@ -76,10 +76,10 @@ def asked(path: str, raw: bytes) -> Asked:
 
 def without_large_values(request: Asked) -> Asked:
     """The same request with every large value as JSON text: quick to hand to another process, and to write again."""
-    ids = request.body.get(TRANSFER_KEYS[0])
-    for values in (request.body, ids) if ids else (request.body,):
+    own = request.body.get(TRANSFER_KEYS[0])
+    for values in _dictionaries(request.body):
         for key, value in values.items():
-            if isinstance(value, str | list | dict) and value is not ids:
+            if isinstance(value, str | list | dict) and value is not own:
                 text = orjson.dumps(value)
                 if len(text) > _LARGE_VALUE_BYTES:
                     values[key] = text
@@ -88,12 +88,17 @@ def without_large_values(request: Asked) -> Asked:
 
 def with_fragments(request: Asked) -> Asked:
     """What `without_large_values` made, in a form that `orjson.dumps` takes."""
-    ids = request.body.get(TRANSFER_KEYS[0])
-    for values in (request.body, ids) if ids else (request.body,):
+    for values in _dictionaries(request.body):
         for key, value in values.items():
             if isinstance(value, bytes):
                 values[key] = orjson.Fragment(value)
     return request
+
+
+def _dictionaries(body: JSONObject) -> tuple[JSONObject, ...]:
+    """The body, and the client's token ids in it, which stay a dictionary: the legs add keys of their own there."""
+    given = body.get(TRANSFER_KEYS[0])
+    return (body, given) if given else (body,)
 
 
 def _without_transfer_keys(path: str, parsed: JSONObject) -> JSONObject:

@@ -78,6 +78,11 @@ class Reading:
     """Without those of the writer as well."""
 
 
+def shown(raw: bytes) -> str:
+    """As a terminal would show it: what a progress bar has overwritten is gone."""
+    return raw.decode("utf-8", "replace").rstrip("\r\n").rsplit("\r", 1)[-1]
+
+
 def read(line: str) -> Reading:
     """Take a line apart. Anything is a line."""
     if "\x1b" in line:

@@ -13,7 +13,7 @@ from typing import Final
 
 from . import families
 from .catalogue import Symptom, catalogue, known
-from .lines import Reading, Stamp, read, zone_of
+from .lines import Reading, Stamp, read, shown, zone_of
 from .meaning import Meaning
 
 _BLANKED: Final = bytes.maketrans(b"0123456789abcdefABCDEF", b"0" * 22)
@@ -129,7 +129,7 @@ class _Scanner:
             if seen[1] >= 0:
                 self._found[seen[1]] = replace(self._found[seen[1]], times=self._found[seen[1]].times + 1)
             return
-        line = read(_text(lines[at]))
+        line = read(shown(lines[at]))
         self._said.update(text for text in _needed() if text in line.text)
         if line.stamps and self._zone_s is None:
             self._zone_s = zone_of(line.stamps)
@@ -198,7 +198,7 @@ class _Scanner:
     def _stamp_at(self, lines: list[bytes], at: int) -> Stamp | None:
         """Of the line, or of the nearest one before it that has a time."""
         for line in reversed(lines[max(0, at - _BACK) : at + 1]):
-            if stamps := read(_text(line[:200])).stamps:
+            if stamps := read(shown(line[:200])).stamps:
                 return stamps[0]
         return None
 
@@ -242,17 +242,12 @@ def _raised_at(lines: list[bytes], at: int) -> str:
     """Of an exception: where, and the line of code."""
     code = ""
     for back in range(at - 1, max(-1, at - 40), -1):
-        bare = read(_text(lines[back])).bare
+        bare = read(shown(lines[back])).bare
         if match := _FRAME.match(bare):
             return f"  (at {match['file'].rsplit('/', 1)[-1]}:{match['line']} in {match['function']}: {code})"
         if bare.strip() and not set(bare.strip()) <= set("^~ "):
             code = bare.strip()
     return ""
-
-
-def _text(raw: bytes) -> str:
-    """As a terminal would show it: what a progress bar has overwritten is gone."""
-    return raw.decode("utf-8", "replace").rstrip("\r\n").rsplit("\r", 1)[-1]
 
 
 @cache

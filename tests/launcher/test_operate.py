@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ import httpx
 import psutil
 import pytest
 
-from tests.launched import own_ports, run_to_end
-from tests.processes import http, wait_until
+from launcher.runs import RunFolder
+from tests.launched import PD_LAUNCH, own_ports, run_to_end
+from tests.processes import PATIENCE_S, ROOT, http, wait_until
 
 SIM = ("--engine", "sim", "--model", "tiny")
 
@@ -162,6 +164,19 @@ def test_what_is_asked_of_a_run_that_is_not_there_says_so(tmp_path: Path, monkey
         assert "no run is" in result.stderr
     assert "how many?" in run_to_end(["scale"]).stderr
     assert "no such file or folder" in run_to_end(["doctor", "/no/such"]).stderr
+
+
+def test_a_detached_start_that_is_asked_to_end_ends_its_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [*PD_LAUNCH, "up", "-d", *SIM, *own_ports(2), "--run-dir", str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as starting:
+        wait_until((folder / "state.json").exists, "the launcher to begin")
+        starting.terminate()
+        starting.communicate(timeout=PATIENCE_S)
+    assert starting.returncode == 130
+    state = json.loads((folder / "state.json").read_text())
+    assert state["phase"] == "stopped"
+    assert not RunFolder(folder).is_alive
 
 
 def test_a_detached_start_that_fails_gives_its_exit_code_and_its_reason(tmp_path: Path) -> None:
