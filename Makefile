@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-quick soak soak-real bench lint format engine clean
+.PHONY: demo test test-quick test-versions test-models conformance soak soak-real bench lint format engine clean
 
 demo: engine
 	@$(BIN)/pd-launch up --model tiny
@@ -26,11 +26,24 @@ soak-real: engine
 test-quick: .venv/installed
 	@$(BIN)/pytest --ignore tests/e2e
 
+# Which versions of vLLM this works with, on real nodes: make test-versions VERSIONS="0.31.0 0.30.0"
+test-versions: .venv/installed
+	@$(BIN)/python -m tests.versions $(VERSIONS)
+
+# Models of every kind, made on the spot, on real nodes: twenty minutes. One kind: make test-models KIND=hybrid
+test-models: engine
+	@$(BIN)/pytest tests/models/kinds.py $(if $(KIND),-k $(KIND))
+
 # What the proxy costs, side by side with its peers, which get an environment of their own in the user's cache folder.
 BENCH_FLAGS ?= --install --chart bench.png
 bench: .venv/installed
 	@$(BIN)/pip install -q --editable '.[bench]'
 	@$(BIN)/python -m tests.bench $(BENCH_FLAGS)
+
+# Other people's suites against a node alone and against the proxy, each in an environment of its own in the user's cache
+# folder: half an hour. Some of them: make conformance SUITES="openai langchain"
+conformance: engine
+	@$(BIN)/python -m tests.conformance.run $(SUITES)
 
 lint: .venv/installed
 	@$(BIN)/ruff format --check .

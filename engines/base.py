@@ -3,7 +3,7 @@
 import itertools
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -20,6 +20,29 @@ class Role(StrEnum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Parallel:
+    """How many devices of a node do what: each of its `data` engines is `tensor` * `pipeline` workers."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+
+    @property
+    def workers(self) -> int:
+        """A device each."""
+        return self.tensor * self.pipeline * self.data
+
+    def flags(self) -> dict[str, int]:
+        """vLLM's, of the sizes that are not 1."""
+        sizes = {
+            "--tensor-parallel-size": self.tensor,
+            "--pipeline-parallel-size": self.pipeline,
+            "--data-parallel-size": self.data,
+        }
+        return {flag: size for flag, size in sizes.items() if size > 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +86,10 @@ class NodeFacts:
     gauges: Gauges
     version: str
     """The engine's own; empty when it does not say."""
+    layout: Mapping[str, str] = field(default_factory=dict)
+    """What must be equal on nodes between which KV moves: the block size, the cache's type …"""
+    cache_tokens: int | None = None
+    """How many tokens of prompts it can keep for the next ones; 0 without a prefix cache, None when not said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +131,12 @@ class Connector(Protocol):
     is_best_effort: bool
     """A decode node may find only part of a prompt's KV, or none, without anything being wrong."""
 
+    needs_store: bool
+    """Nodes share a store, which is started before them."""
+
+    transfer_engines: int
+    """How many Mooncake transfer engines each worker of a node has."""
+
     def hand_off(self, bootstrap: str | None, rank: Rank | None) -> HandOff: ...
 
 
@@ -122,8 +155,13 @@ class Engine(Protocol):
     def facts(self, models: bytes, metrics_text: bytes, version: bytes) -> NodeFacts:
         """What a probe found, from the answers of these paths. Raises ValueError when they are no such answers."""
 
-    def prefill_leg(self, route: "Route", asked: "Asked", transfer_params: JSONObject | None) -> JSONObject:
-        """The request that makes a prefill node compute a prompt's KV and hold it."""
+    def prefill_leg(
+        self, route: "Route", asked: "Asked", transfer_params: JSONObject | None, *, judges_all: bool = False
+    ) -> JSONObject:
+        """The request that makes a prefill node compute a prompt's KV and hold it.
+
+        `judges_all`: with every field that it can have, so that it refuses what the decode node would.
+        """
 
     def prefilled(self, route: "Route", raw: bytes) -> Prefilled:
         """What the prefill node's 200 answer promises. Raises PrefillRefusedError when it holds no KV."""
@@ -143,7 +181,18 @@ class Engine(Protocol):
         """Whether an error answer of a decode leg means that its hand-off has been freed."""
 
     def survives_refusals(self, version: str) -> bool:
-        """Whether a decode node of this version lives on after it refused a request that carries a hand-off."""
+        """Whether a decode node of this version lives on after it refused a request that carries a hand-off, or dropped
+        one whose client left before it was scheduled.
+        """
+
+    def may_refuse(self, asked: "Asked", prompt_tokens: int, max_model_len: int | None) -> bool:
+        """Whether a decode node may refuse what a prefill node has taken with `judges_all`. Errs on this side."""
+
+    def version_problem(self, version: str) -> str:
+        """Why this version is not to be used; empty when it is."""
+
+    def version_family(self, version: str) -> str:
+        """What must be equal on nodes between which KV moves."""
 
 
 _PROCESS = secrets.token_hex(10)

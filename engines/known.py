@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from .base import Engine
 from .sim.engine import Simulator
 from .vllm.engine import VLLM
 
 EngineName = Literal["vllm", "sim"]
 
-ENGINES: dict[EngineName, Engine] = {"vllm": VLLM(), "sim": Simulator()}
+ENGINES: dict[EngineName, VLLM] = {"vllm": VLLM(), "sim": Simulator()}
+"""What a node runs: as the proxy sees it `engines.base.Engine`, and what the launcher starts it by."""

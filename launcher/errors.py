@@ -6,14 +6,14 @@ LauncherError          1  something failed while running (`doctor`: something is
 ├── PreflightError     4  something else that was checked before the start
 ├── NotReadyError      5  a node did not become ready in time
 ├── NodeDiedError      6  a child ended while starting
-├── KVNotMovedError    7  all nodes are up, but no KV moves
+├── KVNotMovedError    7  all nodes are up, but no KV moves, or it is read wrong
 ├── SelfTestError      8  a stage of `pd-launch test` failed (selftest.py)
 └── InterruptedStart 130  Ctrl-C or SIGTERM before everything was up
 """
 
 
 class LauncherError(Exception):
-    """`message` says what and where; `hint`, on a line of its own, how to mend it."""
+    """`message` says what and where; `hint`, on a line of its own, how to fix it."""
 
     exit_code = 1
 

@@ -35,7 +35,7 @@ from .nodes.topology import TopologyError
 from .serving import tls, workers
 from .serving.app import make_app
 from .serving.exposition import own_version
-from .serving.keys import KeysError
+from .serving.keys import KeyRing, KeysError
 from .serving.tls import CertificateError
 from .settings import ProxySettings
 
@@ -73,9 +73,15 @@ def _serve(**given: Any) -> None:
     send, or --api-keys-file. PD_NODE_API_KEY: the key the nodes want. PD_PROXY_ADMIN_KEY: the admin listener's.
     """
     del given["version"]
-    config = given.pop("config")
+    config, only_check = given.pop("config"), given.pop("check")
     told = {name: value for name, value in given.items() if value is not None}
-    run(settings_from((_in_file(config) if config is not None else {}) | told, os.environ))
+    settings = settings_from((_in_file(config) if config is not None else {}) | told, os.environ)
+    if only_check:
+        KeyRing(settings.api_keys, settings.api_keys_file)
+        if settings.tls_certificate and settings.tls_key:
+            tls.context(settings.tls_certificate, settings.tls_key)
+    else:
+        run(settings)
 
 
 def settings_from(told: Mapping[str, Any], environment: Mapping[str, str]) -> ProxySettings:
@@ -220,6 +226,8 @@ def _parameters() -> Iterator[inspect.Parameter]:
     yield _parameter("config", Path | None, config)
     for name, field in flagged_settings().items():
         yield _parameter(_FLAG_NAMES.get(name, name), *_option(name, field))
+    check = typer.Option("--check", help="See that flags, file and environment are right, and exit.")
+    yield _parameter("check", bool | None, check)
     version = typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     yield _parameter("version", bool | None, version)
 
@@ -227,15 +235,22 @@ def _parameters() -> Iterator[inspect.Parameter]:
 def _option(name: str, field: FieldInfo) -> tuple[Any, Any]:
     """(type, option) of a setting's flag."""
     kind = _without_none(field.annotation)
-    default = "" if field.default is None else f" [default: {str(field.default).lower()}]"
+    default = "" if field.default in (None, ()) else f" [default: {shown(field.default)}]"
     text = f"{field.description}{default}"
     if kind is bool:
         names = (flag(name),) if field.default is False else (f"{flag(name)}/--no-{flag(name)[2:]}",)
         return bool | None, typer.Option(*names, help=text)
     if get_origin(kind) is Literal:
         return str | None, typer.Option(flag(name), metavar="|".join(get_args(kind)), help=text)
+    if get_origin(kind) is tuple:
+        return str | None, typer.Option(flag(name), metavar="A,B", help=text)
     metavar = {Path: "FILE", int: "N", float: "SECONDS" if name.endswith("_s") else "X"}.get(kind, "TEXT")
     return kind | None, typer.Option(flag(name), metavar=metavar, help=text)
+
+
+def shown(default: Any) -> str:
+    """A setting's default, as it would be typed."""
+    return ",".join(default) if isinstance(default, tuple) else str(default).lower()
 
 
 def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:

@@ -71,6 +71,12 @@ class Metrics:
         self.resumed = Counts("Streams that lost their node in the middle, by whether they went on.", "outcome")
         self.prompt_tokens = Counts("Prompt tokens of answered requests, as prefill nodes count them.", "path")
         self.output_tokens = Counts("Tokens of answers that were noted: streams, and answers put together.", "path")
+        self.canaries = Counts("Questions of the KV canary, one for each pair, by what came of it.", "outcome")
+        self.prefix_predictions = Counts(
+            "Predictions of what a prefill node has cached of a prompt, by what the node said.", "node", "outcome"
+        )
+        self.prefix_predicted_tokens = Counts("Prompt tokens predicted to be cached on a prefill node.", "node")
+        self.prefix_cached_tokens = Counts("Prompt tokens that were, as the node says.", "node")
         self.task_restarts = Counts("Restarts of the proxy's own background tasks.", "task")
         self.in_flight = 0
         self.queued = 0
@@ -116,5 +122,6 @@ class Metrics:
 
     def forget_nodes(self, alive: Collection[str]) -> None:
         """Series of nodes that are gone become one."""
-        self.node_requests.forget_nodes(alive)
-        self.node_errors.forget_nodes(alive)
+        for _, counts in self.of(Counts):
+            if "node" in counts.labels:
+                counts.forget_nodes(alive)

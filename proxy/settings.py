@@ -1,13 +1,21 @@
 """The proxy's settings: read once, at start, from flags, a file and the environment. The flags are made from this."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from engines.topology import Topology
 
 MIB = 2**20
+
+
+def _split(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]
+"""Written with commas."""
 
 
 class ProxySettings(BaseModel):
@@ -56,9 +64,32 @@ class ProxySettings(BaseModel):
     admin_key: str | None = None
     """From the environment (PD_PROXY_ADMIN_KEY)."""
 
+    allowed_origins: Listed = Field(
+        (), description="Origins of web pages that may ask (CORS): https://a.example,https://b.example, or *."
+    )
+    allowed_methods: Listed = Field(("*",), description="... and the methods they may use.")
+    allowed_headers: Listed = Field(("*",), description="... and the headers they may send.")
+    allow_credentials: bool = Field(default=False, description="... and whether with cookies.")
+
+    any_version: bool = Field(
+        default=False, description="Use nodes of versions that were not tried, too (`/health` names them else)."
+    )
+
+    canary_interval_s: float = Field(
+        300,
+        ge=0,
+        description="Compare so often what each pair answers with what its decode node says alone, and once a node has "
+        "started; 0: never.",
+    )
+
     # -- which way a request takes
     min_prefill_tokens: int = Field(
         0, ge=0, description="Answer prompts shorter than about this by a decode node alone."
+    )
+    prefill_policy: Literal["prefix-cost", "least-load", "round-robin"] = Field(
+        "prefix-cost",
+        description="Which prefill node computes a prompt: the one that is through with it first, what it has cached "
+        "of it and its queue considered; the one with the fewest requests; or the next.",
     )
     without_prefill: Literal["aggregated", "refuse"] = Field(
         "aggregated",
@@ -83,6 +114,10 @@ class ProxySettings(BaseModel):
     connect_timeout_s: float = Field(2, gt=0, description="For a connection to a node.")
     probe_interval_s: float = Field(2, gt=0, description="Between two probes of a node.")
     probe_timeout_s: float = Field(2, gt=0, description="For each answer to a probe.")
+
+    sse_keep_alive_s: float = Field(
+        0, ge=0, description="Send a comment so often into a stream whose prompt is still computed; 0: never."
+    )
 
     # -- limits
     max_in_flight: int = Field(4096, ge=1, description="Requests inside at once, in each worker.")

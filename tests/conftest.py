@@ -1,11 +1,17 @@
 """Fixtures every test may use."""
 
+import signal
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 
 from tests.processes import Proxy, Sim, proxy_in_front_of, sim_node
+
+# Whoever started us may have signals ignored (`nohup`, `&` in a script, some runners), and so would have our children.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 EXPIRY_S = 6
 """Of KV that a lost decode leg may or may not have taken: nobody may give that back, so it expires by itself."""

@@ -1,5 +1,6 @@
 """`pd-launch up` as a user starts it: a process whose output is read until it says "Ready"."""
 
+import io
 import json
 import os
 import signal
@@ -7,13 +8,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from launcher.cli.app import main
 from tests.processes import ROOT, free_port, free_range, http, metric, wait_until
 
 PD_LAUNCH = (sys.executable, "-P", "-m", "launcher.cli")
@@ -42,6 +44,12 @@ class Up:
     def until(self, text: str, patience_s: float) -> None:
         wait_until(lambda: text in self.output or self.process.poll() is not None, text, patience_s)
         assert text in self.output, self.output
+
+    def status(self) -> dict[str, Any]:
+        """As `pd-launch status --json` has it."""
+        told = at_once("status", "--json", "--run-dir", str(self.run_dir)).stdout
+        found: dict[str, Any] = json.loads(told)
+        return found
 
     @property
     def temporary(self) -> Path:
@@ -109,6 +117,21 @@ def run_to_end(command: Sequence[str], patience_s: float = 120) -> "subprocess.C
     return subprocess.run(
         [*PD_LAUNCH, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=patience_s
     )
+
+
+def at_once(*command: str) -> "subprocess.CompletedProcess[str]":
+    """A command that starts nothing, in this very process: half a second less than an interpreter of its own."""
+    output, errors = io.StringIO(), io.StringIO()
+    before = signal.getsignal(signal.SIGTERM)
+    code: Any = 0
+    try:
+        with redirect_stdout(output), redirect_stderr(errors):
+            main(command)
+    except SystemExit as exc:
+        code = exc.code or 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return subprocess.CompletedProcess(command, code, output.getvalue(), errors.getvalue())
 
 
 def _read(run: Up) -> None:

@@ -228,10 +228,11 @@ def proxy_in_front_of(
 ) -> Iterator[Proxy]:
     """Started with the flags of vLLM's example proxy; nothing of any request may be left in the end.
 
+    The KV canary, whose questions would be counted with a test's own, is off unless `flags` give its interval.
     `probe`: wait until it answers (it speaks no TLS here).
     """
     port = free_port()
-    command = [sys.executable, "-P", "-m", "proxy.cli", "--port", str(port), *flags]
+    command = [sys.executable, "-P", "-m", "proxy.cli", "--port", str(port), "--canary-interval-s", "0", *flags]
     for node in nodes:
         bootstrap_port = [(node.bootstrap or "").rpartition(":")[2]] if node.role == "prefill" else []
         command += [f"--{node.role}", node.url, *bootstrap_port]

@@ -5,13 +5,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engines.openai.routes import HANDED_OFF, PASSED_ON
+from engines.openai.routes import HANDED_OFF, PASSED_ON, REFUSED
 from proxy import errors
-from proxy.cli import flag, flagged_settings
+from proxy.cli import flag, flagged_settings, shown
 from proxy.errors import ProxyError
 from proxy.metrics import Counts, Metrics, Seconds
 from tests.processes import ROOT
 
+OWN = (
+    "/health", "/livez", "/readyz", "/ping", "/metrics", "/v1/models", "/v1/models/{model}", "/version",
+    "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel", "/openapi.json", "/docs",
+)  # fmt: skip
+"""What the proxy answers by itself."""
 README = ROOT / "proxy" / "README.md"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -20,7 +25,7 @@ def flags() -> str:
     """Every setting that has a flag."""
     lines = ["| Flag | Default | |", "|---|---|---|"]
     for name, field in flagged_settings().items():
-        default = "" if field.default is None else f"`{str(field.default).lower()}`"
+        default = "" if field.default in (None, ()) else f"`{shown(field.default)}`"
         lines.append(f"| `{flag(name)}` | {default} | {field.description} |")
     return "\n".join(lines)
 
@@ -52,7 +57,10 @@ def routes() -> str:
     """Every route of clients."""
     handed = ", ".join(f"`{path}`" for path in HANDED_OFF)
     passed = ", ".join(f"`{path}`" for path in PASSED_ON)
-    told = "`/health`, `/livez`, `/readyz`, `/metrics`, `/v1/models`, `/version`, `/openapi.json`, `/docs`"
+    told = ", ".join(f"`{path}`" for path in OWN)
+    reasons: dict[str, list[str]] = {}
+    for path, reason in REFUSED.items():
+        reasons.setdefault(reason, []).append(f"`{path}`")
     return "\n".join(
         [
             "| Route | |",
@@ -60,7 +68,8 @@ def routes() -> str:
             f"| `POST` {handed} | handed over, prefill to decode; stream or not |",
             f"| `POST` {passed} | answered by a decode node, if it serves them |",
             f"| `GET` {told} | answered by the proxy itself |",
-            "| everything else | 404 in OpenAI's shape: an engine has routes that no client may reach |",
+            *(f"| {', '.join(paths)} | 404: {reason} |" for reason, paths in reasons.items()),
+            "| everything else | 404 in OpenAI's shape |",
         ]
     )
 

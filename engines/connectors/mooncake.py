@@ -52,6 +52,8 @@ class MooncakeConnector:
 
     has_bootstrap = True
     is_best_effort = False
+    needs_store = False
+    transfer_engines = 1
 
     def hand_off(self, bootstrap: str | None, rank: Rank | None) -> HandOff:
         if bootstrap is None or rank is None:
@@ -78,7 +80,9 @@ def engine_ids(query: object) -> dict[int, str]:
     return {rank: ids[rank] for rank in takewhile(ids.__contains__, count())}
 
 
-def kv_transfer_config(role: Role, protocol: Protocol, *, on_cpu: bool) -> JSONObject:
+def kv_transfer_config(
+    role: Role, protocol: Protocol, rdma_devices: tuple[str, ...] = (), *, on_cpu: bool
+) -> JSONObject:
     """The value of vLLM's `--kv-transfer-config`.
 
     `kv_load_failure_policy` "recompute": a transfer that fails becomes a slow right answer instead of an error
@@ -92,6 +96,8 @@ def kv_transfer_config(role: Role, protocol: Protocol, *, on_cpu: bool) -> JSONO
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"mooncake_protocol": protocol},
     }
+    if rdma_devices and protocol == "rdma":
+        config["kv_connector_extra_config"]["device_name"] = ",".join(rdma_devices)
     if on_cpu:
         config |= {"kv_connector": "CpuMooncakeConnector", "kv_connector_module_path": "pd_cpu_connectors"}
     return config

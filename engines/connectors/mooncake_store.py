@@ -34,6 +34,8 @@ class MooncakeStoreConnector:
 
     has_bootstrap = False
     is_best_effort = True
+    needs_store = True
+    transfer_engines = 1
 
     def hand_off(self, bootstrap: str | None, rank: Rank | None) -> HandOff:
         del bootstrap, rank
@@ -63,7 +65,7 @@ def environment(config_file: str, client_ports: tuple[int, int]) -> dict[str, st
     }
 
 
-def store_config(host: str, master_port: int, protocol: Protocol) -> str:
+def store_config(host: str, master_port: int, protocol: Protocol, rdma_devices: tuple[str, ...] = ()) -> str:
     """The file at `MOONCAKE_CONFIG_PATH`, the same for every node.
 
     P2PHANDSHAKE needs no metadata server, and outlives a restart of the master better (Mooncake #2246).
@@ -75,7 +77,7 @@ def store_config(host: str, master_port: int, protocol: Protocol) -> str:
         "global_segment_size": _SEGMENT,
         "local_buffer_size": _BUFFER,
         "protocol": protocol,
-        "device_name": "",
+        "device_name": ",".join(rdma_devices) if protocol == "rdma" else "",
         "local_hostname": host,
     }
     return json.dumps(config, indent=2)

@@ -12,14 +12,23 @@ from .mooncake import Protocol
 PLUGIN = "pd_counted_connector"
 
 
-def kv_transfer_config(role: Role, protocol: Protocol, *, on_cpu: bool) -> JSONObject:
+class MultiConnector(mooncake.MooncakeConnector):
+    """To the proxy, its first child: the one that hands over."""
+
+    needs_store = True
+    transfer_engines = 2
+
+
+def kv_transfer_config(
+    role: Role, protocol: Protocol, rdma_devices: tuple[str, ...] = (), *, on_cpu: bool
+) -> JSONObject:
     """The value of vLLM's `--kv-transfer-config`.
 
     With vLLM's own MooncakeConnector as a child the first transfer kills the API server's output handler, because that
     child registers no metrics (vLLM #43828); the usual way out, `--disable-log-stats`, takes all metrics away, and with
     them the proof that KV moves. So the child is a subclass that registers them, loaded as a plug-in.
     """
-    direct = mooncake.kv_transfer_config(role, protocol, on_cpu=on_cpu)
+    direct = mooncake.kv_transfer_config(role, protocol, rdma_devices, on_cpu=on_cpu)
     if not on_cpu:
         direct |= {"kv_connector": "CountedMooncakeConnector", "kv_connector_module_path": PLUGIN}
     shared = mooncake_store.kv_transfer_config(role, on_cpu=on_cpu)

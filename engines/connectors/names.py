@@ -5,13 +5,16 @@ from typing import Literal
 from ..base import Connector
 from .mooncake import MooncakeConnector
 from .mooncake_store import MooncakeStoreConnector
+from .multi import MultiConnector
 from .nixl import NixlConnector
 
 ConnectorName = Literal["MooncakeConnector", "MooncakeStoreConnector", "MultiConnector", "NixlConnector"]
+LaunchedConnector = Literal["MooncakeConnector", "MooncakeStoreConnector", "MultiConnector"]
+"""Those that nodes can be started with here."""
 
 CONNECTORS: dict[ConnectorName, Connector] = {
     "MooncakeConnector": MooncakeConnector(),
     "MooncakeStoreConnector": MooncakeStoreConnector(),
-    "MultiConnector": MooncakeConnector(),  # its first child is the one that hands over
+    "MultiConnector": MultiConnector(),
     "NixlConnector": NixlConnector(),
 }

@@ -40,6 +40,8 @@ class NixlConnector:
 
     has_bootstrap = False
     is_best_effort = False
+    needs_store = False
+    transfer_engines = 0
 
     def hand_off(self, bootstrap: str | None, rank: Rank | None) -> HandOff:
         del bootstrap, rank

@@ -58,7 +58,12 @@ class Collector:
         choices = [self._choices[index] for index in sorted(self._choices)]
         if self._chat:
             for choice in choices:
-                choice["message"].setdefault("content", None)
+                message = choice["message"]
+                message.setdefault("content", None)
+                if (
+                    message["reasoning"] and not message["content"]
+                ):  # a stream begins with an empty one, whatever follows
+                    message["content"] = None
         return {**self._head, "object": kind, "choices": choices, "usage": self._usage, "kv_transfer_params": None}
 
     def _add(self, event: JSONObject) -> None:

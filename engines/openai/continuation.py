@@ -330,6 +330,8 @@ class Splice:
         `sent`: tokens so far. Raises ValueError when the first event is none of this route.
         """
         head = orjson.loads(first_event)
+        if not isinstance(head, dict):
+            raise ValueError("no event of this route")
         self._head = {key: head[key] for key in ("id", "object", "created", "model") if key in head}
         self._chat = route is CHAT
         self._asked_for_ids = bool(body.get("return_token_ids"))
@@ -338,8 +340,14 @@ class Splice:
         self._sent = sent
 
     def spliced(self, whole: bytes) -> bytes:
-        """The same events, in the first stream's name; its end mark as it is, and comments dropped."""
-        made = [self._event(event) for event in _parsed(whole)]
+        """The same events, in the first stream's name; its end mark as it is, and comments dropped.
+
+        Raises ValueError when they are none of a completion.
+        """
+        try:
+            made = [self._event(event) for event in _parsed(whole)]
+        except (KeyError, TypeError, AttributeError) as exc:
+            raise ValueError("no events of a completion") from exc
         if OPENAI_EVENTS.has_end(whole):
             made.append(_DONE + END_OF_EVENT)
         return b"".join(made)

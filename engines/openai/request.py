@@ -51,6 +51,11 @@ class Asked:
     tokens: int
     """About how many tokens its prompt has, without a tokenizer."""
 
+    @property
+    def prompt_bytes(self) -> int:
+        """About how much its prompt takes in a body."""
+        return self.tokens * _CHARACTERS_A_TOKEN
+
     def forget_prompt(self) -> None:
         """Let go of what a running answer has no more use for; a prompt may be long, and a stream may last."""
         for key in ("prompt", "messages", "input", "system", "instructions", "tools"):
@@ -72,6 +77,11 @@ def asked(path: str, raw: bytes) -> Asked:
     _unwrap_single_prompt(body)
     _read_stream(body)
     return Asked(body, _reason(path, body), _is_text_only(body.get("messages")), _tokens(body, len(raw)))
+
+
+def asked_in(path: str, body: JSONObject, of: Asked) -> Asked:
+    """A request that was made of another one's body: of one of its prompts, say."""
+    return Asked(body, _reason(path, body), of.is_text, _tokens(body, of.prompt_bytes))
 
 
 def without_large_values(request: Asked) -> Asked:
@@ -132,10 +142,10 @@ def _read_stream(body: JSONObject) -> None:
 
 def _reason(path: str, body: JSONObject) -> str | None:
     """A hand-off carries the KV of exactly one sequence, and is skipped or refused by the engine for these fields."""
-    if _asks_for(body, "n", 1) or _asks_for(body, "best_of", 1):
-        return "many-choices"
     if _is_prompt_list(body.get("prompt")):
         return "prompt-list"
+    if _asks_for(body, "n", 1) or _asks_for(body, "best_of", 1):
+        return "many-choices"  # of one prompt, then
     if body.get("use_beam_search"):
         return "beam-search"
     if body.get("prompt_embeds") is not None:
@@ -159,7 +169,7 @@ def _tokens(body: JSONObject, size: int) -> int:
     """Four characters each, all of the body taken for prompt: tools and system prompts are. Token ids one each."""
     prompt = body.get("prompt")
     if isinstance(prompt, list):
-        return len(prompt) if _is_ids(prompt) else size // _CHARACTERS_A_TOKEN
+        return len(prompt) if is_ids(prompt) else size // _CHARACTERS_A_TOKEN
     return len(prompt) // _CHARACTERS_A_TOKEN if isinstance(prompt, str) else size // _CHARACTERS_A_TOKEN
 
 
@@ -184,10 +194,11 @@ def _asks_for(body: JSONObject, field: str, usual: int) -> bool:
 
 def _is_prompt_list(prompt: Any) -> bool:
     """True unless `prompt` is one sequence: a string or a flat list of token ids."""
-    return isinstance(prompt, list) and not _is_ids(prompt)
+    return isinstance(prompt, list) and not is_ids(prompt)
 
 
-def _is_ids(prompt: list[Any]) -> bool:
+def is_ids(prompt: list[Any]) -> bool:
+    """Whether it is a prompt of token ids, if it is one prompt at all."""
     return set(map(type, prompt)) <= {int}  # in C: there may be a million
 
 

@@ -23,8 +23,8 @@ class Route:
     """What ended the prefill leg, from its answer."""
     by_length: str
     """... when the token limit did: the one case in which vLLM holds the KV."""
-    usage: tuple[str, str]
-    """Names in `usage` of the prompt's tokens and their details."""
+    usage: Callable[[JSONObject], tuple[int, int | None]]
+    """The prompt's tokens, and how many of them the node had cached where it says so, from the answer's `usage`."""
     events: EventRules = OPENAI_EVENTS
     """How its stream says that it failed, and that it is complete."""
     forwards_ids_as: Literal["prompt", "kv_transfer_params"] | None = None
@@ -47,14 +47,31 @@ def _stop_reason(answer: JSONObject) -> Any:
     return answer["stop_reason"]
 
 
-_OPENAI_USAGE = ("prompt_tokens", "prompt_tokens_details")
+def _openai_usage(usage: JSONObject) -> tuple[int, int | None]:
+    return int(usage["prompt_tokens"]), _count((usage.get("prompt_tokens_details") or {}).get("cached_tokens"))
+
+
+def _responses_usage(usage: JSONObject) -> tuple[int, int | None]:
+    return int(usage["input_tokens"]), _count((usage.get("input_tokens_details") or {}).get("cached_tokens"))
+
+
+def _messages_usage(usage: JSONObject) -> tuple[int, int | None]:
+    """Anthropic's `input_tokens` are those that were neither read from a cache nor written to one."""
+    cached = _count(usage.get("cache_read_input_tokens"))
+    return int(usage["input_tokens"]) + (cached or 0) + (_count(usage.get("cache_creation_input_tokens")) or 0), cached
+
+
+def _count(value: Any) -> int | None:
+    """None for what no node should say."""
+    return value if type(value) is int else None
+
 
 COMPLETIONS = Route(
     "/v1/completions",
     {"max_tokens": 1, "min_tokens": 1, "n": 1, "stream": False},
     _finish_reason,
     "length",
-    _OPENAI_USAGE,
+    _openai_usage,
     forwards_ids_as="prompt",
     collects=True,
 )
@@ -63,7 +80,7 @@ CHAT = Route(
     {"max_tokens": 1, "max_completion_tokens": 1, "min_tokens": 1, "n": 1, "stream": False},
     _finish_reason,
     "length",
-    _OPENAI_USAGE,
+    _openai_usage,
     forwards_ids_as="kv_transfer_params",
     collects=True,
 )
@@ -72,7 +89,7 @@ RESPONSES = Route(
     {"max_output_tokens": 1, "ignore_eos": True, "stream": False, "store": False},
     _incomplete_reason,
     "max_output_tokens",
-    ("input_tokens", "input_tokens_details"),
+    _responses_usage,
     RESPONSES_EVENTS,
     takes_rank=False,
 )
@@ -81,7 +98,7 @@ MESSAGES = Route(
     {"max_tokens": 1, "stream": False},
     _stop_reason,
     "max_tokens",
-    ("input_tokens", ""),
+    _messages_usage,
     MESSAGES_EVENTS,
 )
 
@@ -100,9 +117,30 @@ PASSED_ON = (
     "/score",
     "/classify",
     "/pooling",
+    "/generative_scoring",
+    "/v1/systemone",
 )
-"""Answered by one node as a whole. Every route that is in neither list is a 404: an engine has others (`/sleep`,
-`/scale_elastic_ep`, `/collective_rpc`) that no client may reach."""
+"""Answered by one node as a whole."""
+
+_CONTROL = "it controls an engine, which no client may"
+REFUSED = {
+    "/invocations": "SageMaker's one route for all others: ask the one that is meant",
+    "/load": "it is one node's own figure: /metrics has them all",
+    "/kv_event_sources": "it is one node's own business",
+    "/scale_elastic_ep": _CONTROL,
+    "/is_scaling_elastic_ep": _CONTROL,
+    "/sleep": _CONTROL,
+    "/wake_up": _CONTROL,
+    "/is_sleeping": _CONTROL,
+    "/reset_prefix_cache": _CONTROL,
+    "/collective_rpc": _CONTROL,
+    "/v1/load_lora_adapter": _CONTROL,
+    "/v1/unload_lora_adapter": _CONTROL,
+    "/v1/audio/transcriptions": "a form with a file in it is not read here",
+    "/v1/audio/translations": "a form with a file in it is not read here",
+    "/v1/realtime": "a WebSocket is not served here",
+}
+"""Routes of an engine that are a 404 here, and why. So is every one that is in no list, without a reason."""
 
 
 def checked_end(route: Route, answer: JSONObject) -> None:

@@ -99,6 +99,12 @@ class EventRules:
     ends: tuple[bytes, ...]
     error_hint: bytes
     end_hint: bytes
+    opening_names: frozenset[bytes] = frozenset()
+    """Of events that a server sends before its engine has got the request, and may refuse it."""
+
+    def has_begun(self, whole: bytes) -> bool:
+        """Whether an event of the engine's own is among these."""
+        return any(event.name not in self.opening_names for event in events(whole))
 
     def error_in(self, whole: bytes) -> bytes | None:
         """The data of the first error event among these; None when there is none."""
@@ -153,4 +159,5 @@ RESPONSES_EVENTS = EventRules(
     ends=(),
     error_hint=b"event:",
     end_hint=b"response.",
+    opening_names=frozenset({b"response.created", b"response.in_progress", b"response.queued"}),
 )

@@ -11,9 +11,16 @@ import hashlib
 import json
 import os
 import sys
+import sysconfig
 import time
+from pathlib import Path
 
-from mooncake.engine import TransferEngine
+for _runtime in Path(sysconfig.get_path("purelib")).glob("nvidia/*/lib/libcudart.so.*"):
+    ctypes.CDLL(
+        str(_runtime), ctypes.RTLD_GLOBAL
+    )  # Mooncake's CUDA build finds it only when it is loaded, as torch does
+
+from mooncake.engine import TransferEngine  # noqa: E402
 
 ROUNDS = 4
 

@@ -17,6 +17,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ..base import Role
 from ..connectors import mooncake
+from .faults import Faults
+from .kv import TOTAL_BLOCKS
 from .server import Settings, SimNode, make_app, make_bootstrap_app
 
 _ROLES = {"kv_producer": Role.PREFILL, "kv_consumer": Role.DECODE}
@@ -33,11 +35,16 @@ class _Protocol(HttpToolsProtocol):
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m engines.sim", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", default="sim")
-    parser.add_argument("--served-model-name")
+    parser.add_argument("--served-model-name", nargs="+")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--data-parallel-size", type=int, default=1)
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--num-gpu-blocks-override", type=int, default=TOTAL_BLOCKS)
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--as-version", default="sim", help="of vLLM, to behave as")
+    parser.add_argument("--faults", type=Faults.model_validate_json, default=Faults(), help="from the start, as JSON")
     parser.add_argument("--kv-transfer-config", type=json.loads, default={})
     options, _ = parser.parse_known_args()
     asyncio.run(_Server(options).run())
@@ -58,7 +65,7 @@ class _Server:
         bootstrap_port, timeout_s = mooncake.read_environment(os.environ)
         config = options.kv_transfer_config
         settings = Settings(
-            model=options.served_model_name or options.model,
+            names=tuple(options.served_model_name or [options.model]),
             role=_ROLES.get(config.get("kv_role")),
             max_model_len=options.max_model_len,
             load_failure_policy=config.get("kv_load_failure_policy", "fail"),
@@ -66,12 +73,19 @@ class _Server:
             address=(options.host, options.port),
             bootstrap_port=bootstrap_port,
             ranks=options.data_parallel_size,
+            layout={
+                "block_size": str(options.block_size),
+                "cache_dtype": options.kv_cache_dtype,
+                "num_gpu_blocks": str(options.num_gpu_blocks_override),
+            },
+            version=options.as_version,
             is_nixl=config.get("kv_connector") == "NixlConnector",
         )
         self._address = (options.host, options.port)
         self._bootstrap_address = ("0.0.0.0", bootstrap_port)  # noqa: S104  where vLLM's listens too
         self._refuse_s = 0.0
         self._node = SimNode(settings, stop_listening=self._stop_listening)
+        self._node.faults = options.faults
         self._api: uvicorn.Server | None = None
 
     async def run(self) -> None:

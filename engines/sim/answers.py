@@ -87,13 +87,14 @@ class Envelope:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def _logprobs(self, ids: Sequence[int]) -> JSONObject | None:
-        """One made-up probability: enough to see that the field arrives."""
+        """Made up: enough to see that the field arrives, which tokens are meant, and that there are others."""
         if self.wanted.logprobs is None:
             return None
-        texts = [token_text(token) for token in ids]
+        texts = [f"token_id:{token}" if self.wanted.tokens_as_ids else token_text(token) for token in ids]
         if self.wanted.chat:
             return {"content": [{"token": text, "logprob": -0.5, "bytes": list(text.encode())} for text in texts]}
-        return {"tokens": texts, "token_logprobs": [-0.5] * len(texts)}
+        top = [{text: -0.5, "another": -5.0} for text in texts] if self.wanted.logprobs else None
+        return {"tokens": texts, "token_logprobs": [-0.5] * len(texts), "top_logprobs": top}
 
 
 def usage(choices: Sequence[Choice], wanted: Wanted, cached: int | None) -> JSONObject:

@@ -33,15 +33,16 @@ def answer(dialect: Dialect, chat: JSONObject) -> JSONObject:
     """A whole chat answer, in the dialect's shape."""
     choice = chat["choices"][0]
     text, stopped = choice["message"]["content"], choice["finish_reason"] != "length"
-    usage = {
-        "input_tokens": chat["usage"]["prompt_tokens"],
-        "output_tokens": chat["usage"]["completion_tokens"],
-        "input_tokens_details": chat["usage"]["prompt_tokens_details"],
-    }
+    asked, told = chat["usage"]["prompt_tokens"], chat["usage"]["prompt_tokens_details"]
+    usage = {"input_tokens": asked, "output_tokens": chat["usage"]["completion_tokens"]}
     if dialect == "messages":
         body: JSONObject = {"id": chat["id"], "type": "message", "role": "assistant", "model": chat["model"]}
         reason = "end_turn" if stopped else "max_tokens"
+        if told is not None:
+            cached = told["cached_tokens"]
+            usage |= {"input_tokens": asked - cached, "cache_read_input_tokens": cached}
         return body | {"content": [{"type": "text", "text": text}], "stop_reason": reason, "usage": usage}
+    usage["input_tokens_details"] = told
     output = [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}]}]
     body = {"id": chat["id"], "object": "response", "model": chat["model"], "output": output, "usage": usage}
     details = None if stopped else {"reason": "max_output_tokens"}
@@ -61,6 +62,11 @@ def events(dialect: Dialect, whole: JSONObject) -> Iterator[bytes]:
     yield _event("response.created", {"response": {**whole, "output": []}})
     yield _event("response.output_text.delta", {"delta": text})
     yield _event("response.completed", {"response": whole})
+
+
+def opening() -> bytes:
+    """What a stream of responses begins with, before the engine has the request."""
+    return _event("response.created", {"response": {"status": "in_progress", "output": []}})
 
 
 def error(dialect: Dialect, message: str) -> bytes:

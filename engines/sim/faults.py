@@ -12,6 +12,7 @@
     {"fault": "finish-error"}                           200 with finish_reason "error"
     {"refuse_s": 2}                                     stops listening for a while
     {"lose_transfers": true}                            no KV arrives, at a decode node
+    {"garble_transfers": true}                          other KV arrives there than was sent
     {"fault": null}                                     well again
 
 A fault meets generation requests only, `times` of them (all, when not given).
@@ -43,6 +44,7 @@ class Faults(BaseModel):
     times: int | None = Field(None, ge=1)
     refuse_s: float = Field(0, ge=0)
     lose_transfers: bool = False
+    garble_transfers: bool = False
 
     def take(self) -> Kind | None:
         """The fault the next request meets; counts it."""

@@ -21,10 +21,19 @@ class RefusedError(ValueError):
     `_with_kv_transfer_rejection_cleanup`).
     """
 
-    def __init__(self, message: str, param: str | None = None, status: int = 400, *, late: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        status: int = 400,
+        kind: str = "",
+        *,
+        late: bool = False,
+    ) -> None:
         super().__init__(message)
         self.param = param
         self.status = status
+        self.kind = kind or ("BadRequestError" if status == 400 else "NotFoundError")
         self.late = late
         """Found when the engine is handed the request: a stream has said 200 by then, and nothing is freed."""
 
@@ -42,19 +51,23 @@ class Wanted:
     include_usage: bool
     return_token_ids: bool
     logprobs: int | None
+    tokens_as_ids: bool
     echo: bool
     kv: JSONObject
     rank: int = 0
     own_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    found: list[int] = field(default_factory=list)
+    """Tokens of each prompt that were in the node's own prefix cache, once they are computed."""
 
 
-def parse(body: object, *, chat: bool, model: str, max_model_len: int) -> Wanted:
+def parse(body: object, *, chat: bool, names: tuple[str, ...], max_model_len: int) -> Wanted:
     """Raises SchemaError or RefusedError, in vLLM's order."""
     if not isinstance(body, dict):
         raise SchemaError("Input should be a valid dictionary or object to extract fields from")
     _check_schema(body, chat=chat)
-    if body.get("model") not in (None, model):
-        raise RefusedError(f"The model `{body['model']}` does not exist. Valid aliases: {model}.", "model", 404)
+    if body.get("model") not in (None, *names):
+        valid = ", ".join(names)
+        raise RefusedError(f"The model `{body['model']}` does not exist. Valid aliases: {valid}.", "model", 404)
     if body.get("stream_options") and not body.get("stream"):
         raise RefusedError("Stream options can only be defined when `stream=True`.", "stream_options")
     kv = body.get("kv_transfer_params") or {}
@@ -77,6 +90,7 @@ def parse(body: object, *, chat: bool, model: str, max_model_len: int) -> Wanted
         include_usage=bool(options.get("include_usage")),
         return_token_ids=bool(body.get("return_token_ids")),
         logprobs=logprobs,
+        tokens_as_ids=bool(body.get("return_tokens_as_token_ids")),
         echo=bool(body.get("echo")),
         kv=kv,
     )
@@ -158,6 +172,8 @@ def _sampling(body: JSONObject, *, longest: int, max_model_len: int) -> Sampling
     if temperature is not None and temperature < 0:
         raise RefusedError(f"temperature must be non-negative, got {float(temperature)}.", "temperature")
     bias = body.get("logit_bias") or {}
+    if any(int(token) >= VOCABULARY for token in bias):
+        raise RefusedError("token_id(s) in logit_bias contain out-of-vocab token ids.", "logit_bias", late=True)
     return Sampling(
         max_tokens=max_tokens,
         min_tokens=min_tokens,

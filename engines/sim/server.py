@@ -6,9 +6,10 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Any
 
 import httpx
@@ -19,18 +20,20 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from ..base import JSONObject, Role
 from ..openai.errors import error_body
-from ..vllm import bodies
+from ..vllm import bodies, versions
 from . import tokens
 from .answers import DONE, Choice, Envelope, sse
-from .dialects import Dialect, as_chat, events
+from .dialects import Dialect, as_chat, events, opening
 from .dialects import answer as in_dialect
 from .dialects import error as dialect_error
 from .faults import MESSAGE, Faults, Kind
-from .kv import KVCache
+from .kv import BLOCK_TOKENS, TOTAL_BLOCKS, KVCache
+from .prefixes import PrefixCache
 from .request import RefusedError, SchemaError, Wanted, for_choice, parse
 from .transfer import TransferError, pull
 
 REMEMBERED_REQUESTS = 64
+_INVALID = "invalid_request_error"
 _MOONCAKE_KEYS = {"transfer_id", "remote_engine_id", "remote_bootstrap_addr"}
 
 
@@ -38,7 +41,8 @@ _MOONCAKE_KEYS = {"transfer_id", "remote_engine_id", "remote_bootstrap_addr"}
 class Settings:
     """What the command line and the environment said."""
 
-    model: str
+    names: tuple[str, ...]
+    """The model's; the first is the one that answers give."""
     role: Role | None
     max_model_len: int
     load_failure_policy: str
@@ -48,19 +52,29 @@ class Settings:
     """Where decode nodes come for KV, too."""
     ranks: int = 1
     is_nixl: bool = False
+    version: str = "sim"
+    layout: Mapping[str, str] = field(default_factory=dict)
+    """Of the KV cache, as vLLM tells it."""
+
+    @property
+    def model(self) -> str:
+        return self.names[0]
 
 
 class Counters:
     """vLLM's own series, those a proxy or a launcher reads."""
 
-    def __init__(self, model: str, kv: KVCache) -> None:
+    def __init__(self, model: str, kv: KVCache, layout: Mapping[str, str]) -> None:
         self.registry = CollectorRegistry()
+        if layout:
+            info = Gauge("vllm:cache_config_info", "Of the cache.", list(layout), registry=self.registry)
+            info.labels(**layout).set(1)
         by_source = Counter(
             "vllm:prompt_tokens_by_source", "Prompt tokens by source.", ["model_name", "source"], registry=self.registry
         )
         self.computed = by_source.labels(model, "local_compute")
         self.transferred = by_source.labels(model, "external_kv_transfer")
-        by_source.labels(model, "local_cache_hit")
+        self.cached = by_source.labels(model, "local_cache_hit")
         usage = Gauge("vllm:kv_cache_usage_perc", "KV-cache usage.", ["model_name"], registry=self.registry)
         usage.labels(model).set_function(kv.usage)
         self.running = Gauge(
@@ -85,9 +99,15 @@ class SimNode:
 
     def __post_init__(self) -> None:
         self.kv = KVCache(self.settings.transfer_timeout_s)
-        self.counters = Counters(self.settings.model, self.kv)
+        self.counters = Counters(self.settings.model, self.kv, self.settings.layout)
+        layout = self.settings.layout
+        block_tokens = int(layout.get("block_size", BLOCK_TOKENS))
+        total_blocks = int(layout.get("num_gpu_blocks", TOTAL_BLOCKS))
+        self.prefixes = [PrefixCache(block_tokens, total_blocks) for _ in range(self.settings.ranks)]
         self.client = httpx.AsyncClient(trust_env=False)
         self.background: set[asyncio.Task[Any]] = set()
+        self.stored: dict[str, JSONObject] = {}
+        """Responses, as with VLLM_ENABLE_RESPONSES_API_STORE=1."""
 
     # -- routes
 
@@ -108,24 +128,64 @@ class SimNode:
             return Response(status_code=499)
         try:
             body = orjson.loads(raw)
-            spoken = body if dialect is None else as_chat(dialect, body)
-            wanted = parse(spoken, chat=chat, model=self.settings.model, max_model_len=self.settings.max_model_len)
+            wanted = self._wanted(body, chat=chat, dialect=dialect)
         except orjson.JSONDecodeError as exc:
             return _error(f"1 validation error:\n  JSON decode error: {exc}", "Bad Request", 400)
         except SchemaError as exc:
             return _error(f"1 validation error:\n  {exc}", "Bad Request", 400)
         except RefusedError as exc:
-            if exc.late and body.get("stream"):
-                return _events([sse(error_body(str(exc), "BadRequestError", exc.status, exc.param)), DONE])
-            self._release(body.get("kv_transfer_params") or {})
-            return _error(str(exc), "BadRequestError" if exc.status == 400 else "NotFoundError", exc.status, exc.param)
+            return self._refused(request, body, exc, dialect)
         wanted = replace(wanted, rank=self._rank(request))
         self._die_of_the_wrong_role(wanted.kv)
         if kind == "finish-error":  # such a request holds no KV
             wanted = replace(wanted, kv={})
         if dialect is None:
             return await self._answer(request, wanted, kind)
-        return _in_dialect(dialect, await self._answer(request, replace(wanted, stream=False), kind), wanted.stream)
+        return await self._answer_in(dialect, request, wanted, kind, stored=body.get("store") is not False)
+
+    async def _answer_in(
+        self, dialect: Dialect, request: Request, wanted: Wanted, kind: Kind | None, *, stored: bool
+    ) -> Response:
+        answer = await self._answer(request, replace(wanted, stream=False), kind)
+        if answer.status_code != 200:
+            return answer
+        if answer.media_type == "text/event-stream":  # an error, in place of the first event
+            return _error_in_dialect(dialect, wanted.stream)
+        whole = in_dialect(dialect, orjson.loads(answer.body))
+        if dialect == "responses" and stored:
+            self.stored[whole["id"]] = whole
+        return _events(list(events(dialect, whole))) if wanted.stream else JSONResponse(whole)
+
+    def _refused(self, request: Request, body: Any, error: RefusedError, dialect: Dialect | None) -> Response:
+        if error.late and body.get("stream"):
+            if dialect == "responses":
+                return StreamingResponse(self._opened_and_broken(request), media_type="text/event-stream")
+            return _events([sse(error_body(str(error), "BadRequestError", error.status, error.param)), DONE])
+        self._release(body.get("kv_transfer_params") or {})
+        return _error(str(error), error.kind, error.status, error.param)
+
+    @staticmethod
+    async def _opened_and_broken(request: Request) -> AsyncIterator[bytes]:
+        """VLLM begins this stream before its engine has the request, and an error then breaks the connection."""
+        yield opening()
+        request.scope["sim.transport"].close()
+        await asyncio.Event().wait()
+
+    def _wanted(self, body: Any, *, chat: bool, dialect: Dialect | None) -> Wanted:
+        """Raises SchemaError, RefusedError."""
+        spoken = body if dialect is None else as_chat(dialect, body)
+        wanted = parse(spoken, chat=chat, names=self.settings.names, max_model_len=self.settings.max_model_len)
+        previous = body.get("previous_response_id")
+        if dialect == "responses" and previous not in (None, *self.stored):
+            raise RefusedError(unknown(previous), "response_id", 404, _INVALID)
+        return wanted
+
+    async def told_again(self, response: JSONObject) -> AsyncIterator[bytes]:
+        """The events of a stored response, as of one that is made in the background."""
+        with self.counters.running.track_inprogress():
+            for event in events("responses", response):
+                yield event
+                await asyncio.sleep(self.faults.itl_s)
 
     async def bootstrap_pull(self, request: Request) -> Response:
         """Stands in for the ZMQ side channel and the transfer engine."""
@@ -201,8 +261,14 @@ class SimNode:
             self.counters.transferred.inc(sum(map(len, prompts)))
             return prompts
         await asyncio.sleep(self.faults.ttft_s)
-        self.counters.computed.inc(sum(map(len, wanted.prompts)))
+        wanted.found[:] = map(self._compute, wanted.prompts, repeat(wanted.rank))
+        self.counters.cached.inc(sum(wanted.found))
+        self.counters.computed.inc(sum(map(len, wanted.prompts)) - sum(wanted.found))
         return wanted.prompts
+
+    def _compute(self, prompt: tuple[int, ...], rank: int) -> int:
+        """How many of its tokens were cached. Decode nodes have no prefix cache, as pd-launch starts them over TCP."""
+        return 0 if self.settings.role is Role.DECODE else self.prefixes[rank].compute(prompt)
 
     async def _transferred(self, wanted: Wanted) -> tuple[tuple[int, ...], ...] | None:
         """The KV each sequence asked for. None: it did not come, and the policy is to compute it here.
@@ -216,7 +282,8 @@ class SimNode:
         try:
             self._lose_transfer_if_told()
             # shielded: what is aborted meanwhile is pulled all the same (mooncake_connector.py, `request_finished`)
-            return tuple([await asyncio.shield(self._pull(wanted.kv)) for _ in wanted.prompts])
+            came = tuple([await asyncio.shield(self._pull(wanted.kv)) for _ in wanted.prompts])
+            return tuple(prompt[::-1] for prompt in came) if self.faults.garble_transfers else came
         except TransferError:
             if self.settings.load_failure_policy == "fail":
                 raise
@@ -240,7 +307,7 @@ class SimNode:
 
     async def _steps(self, wanted: Wanted, choice: Choice) -> AsyncIterator[tuple[str, list[int]]]:
         """(text, ids) of each token; the choice's finish reason is set with the last."""
-        sampling = for_choice(wanted.sampling, choice.index)
+        sampling = for_choice(wanted.sampling, choice.index % wanted.n)
         for token, reason in tokens.generate(choice.prompt, sampling):
             shown = len(choice.text)
             choice.ids.append(token)
@@ -294,6 +361,9 @@ class SimNode:
         for choice in choices:
             if wanted.chat:
                 yield envelope.event(choice, "", [], first=True)
+                if wanted.echo:  # its parts are no string, and vLLM 0.32 fails on it
+                    yield sse(error_body("1 validation error for DeltaMessage", "BadRequestError", 400)) + DONE
+                    return
             async for text, ids in self._steps(wanted, choice):
                 if kind == "error-after" and sent >= self.faults.chunks:  # as vLLM does when its engine dies
                     yield sse(_failure()) + DONE
@@ -320,7 +390,7 @@ class SimNode:
     def _cached(self, wanted: Wanted) -> int:
         """VLLM counts every transferred token as cached, unless it is told the prefill node's number."""
         if not wanted.kv.get("do_remote_prefill"):
-            return 0
+            return sum(wanted.found)
         told = wanted.kv.get("remote_prefill_cached_tokens")
         return sum(map(len, wanted.prompts)) if told is None else int(told)
 
@@ -336,6 +406,9 @@ class SimNode:
     def _release(self, kv: JSONObject) -> None:
         """A rejected decode pulls nothing and so frees the prefill node's KV."""
         if kv.get("do_remote_prefill") and ("remote_bootstrap_addr" in kv or "remote_host" in kv):
+            if not versions.survives_refusals(self.settings.version):
+                print("AssertionError: assert req_id in self.requests", file=sys.stderr, flush=True)  # noqa: T201
+                os._exit(1)
             self._pull(kv)
 
     def _spurious_pull(self, kv: JSONObject) -> None:
@@ -372,14 +445,17 @@ def make_app(node: SimNode) -> FastAPI:  # noqa: C901  a list of routes
         await node.client.aclose()
 
     app = FastAPI(title="pd-launch engine simulator", lifespan=lifespan)
-    model: JSONObject = {
-        "id": node.settings.model,
-        "object": "model",
-        "owned_by": "pd-launch-sim",
-        "root": node.settings.model,
-        "parent": None,
-        "max_model_len": node.settings.max_model_len,
-    }
+    cards: list[JSONObject] = [
+        {
+            "id": name,
+            "object": "model",
+            "owned_by": "pd-launch-sim",
+            "root": node.settings.model,
+            "parent": None,
+            "max_model_len": node.settings.max_model_len,
+        }
+        for name in node.settings.names
+    ]
 
     @app.get("/health")
     async def health() -> Response:
@@ -387,11 +463,11 @@ def make_app(node: SimNode) -> FastAPI:  # noqa: C901  a list of routes
 
     @app.get("/version")
     async def version() -> JSONObject:
-        return {"version": "sim"}
+        return {"version": node.settings.version}
 
     @app.get("/v1/models")
     async def models() -> JSONObject:
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": cards}
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -417,6 +493,21 @@ def make_app(node: SimNode) -> FastAPI:  # noqa: C901  a list of routes
     @app.post("/v1/responses")
     async def responses(request: Request) -> Response:
         return await node.generate(request, chat=True, dialect="responses")
+
+    @app.get("/v1/responses/{response_id}")
+    async def response(response_id: str, *, stream: bool = False) -> Response:
+        known = node.stored.get(response_id)
+        if known is None:
+            return _error(unknown(response_id), _INVALID, 404, "response_id")
+        if stream:
+            return StreamingResponse(node.told_again(known), media_type="text/event-stream")
+        return JSONResponse(known)
+
+    @app.post("/v1/responses/{response_id}/cancel")
+    async def cancel(response_id: str) -> Response:
+        if response_id not in node.stored:
+            return _error(unknown(response_id), _INVALID, 404, "response_id")
+        return _error("Cannot cancel a synchronous response.", _INVALID, 400, "response_id")
 
     @app.post("/v1/messages")
     async def messages(request: Request) -> Response:
@@ -482,13 +573,12 @@ def _transfer_params(raw: bytes) -> JSONObject:
         return {}
 
 
-def _in_dialect(dialect: Dialect, answer: Response, stream: bool) -> Response:  # noqa: FBT001
-    if answer.status_code != 200:
-        return answer
-    if answer.media_type == "text/event-stream":  # an error, in place of the first event
-        return _events([dialect_error(dialect, MESSAGE)]) if stream else _error(MESSAGE, "InternalServerError", 500)
-    whole = in_dialect(dialect, orjson.loads(answer.body))
-    return _events(list(events(dialect, whole))) if stream else JSONResponse(whole)
+def unknown(response_id: str) -> str:
+    return f"Response with id '{response_id}' not found."
+
+
+def _error_in_dialect(dialect: Dialect, stream: bool) -> Response:  # noqa: FBT001
+    return _events([dialect_error(dialect, MESSAGE)]) if stream else _error(MESSAGE, "InternalServerError", 500)
 
 
 def _load_failed(wanted: Wanted, exc: TransferError) -> Response:

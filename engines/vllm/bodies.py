@@ -37,14 +37,23 @@ _NEVER_FITS = 2**31 - 1
 """More output tokens than any model has room for: vLLM refuses it, and tells the connector so."""
 
 
-def prefill_body(route: Route, asked: Asked, transfer_params: JSONObject | None) -> JSONObject:
+_ONLY_OF_WHAT_IS_SHOWN = frozenset({"stream_options", "echo"})
+
+
+def prefill_body(
+    route: Route, asked: Asked, transfer_params: JSONObject | None, *, judges_all: bool = False
+) -> JSONObject:
     """The request that makes a prefill node compute a prompt's KV and hold it.
+
+    `judges_all`: with what only shapes the output, too, though it may end the request early (then nothing is held, and
+    one node does both phases): what is wrong in it, this node refuses.
 
     vLLM holds KV only for a request that ends by length (mooncake_connector.py, `request_finished`), so nothing may
     end it earlier: `min_tokens` masks EOS and stop ids, stop strings are dropped.
     """
     body = asked.body
-    leg = {key: value for key, value in body.items() if key not in _ONLY_SHAPES_THE_OUTPUT}
+    left_off = _ONLY_OF_WHAT_IS_SHOWN if judges_all else _ONLY_SHAPES_THE_OUTPUT
+    leg = {key: value for key, value in body.items() if key not in left_off}
     leg |= route.one_token
     leg["kv_transfer_params"] = _with_clients_ids(body, transfer_params)
     if route.forwards_ids_as is not None and asked.is_text and not body.get("echo"):
@@ -57,13 +66,10 @@ def prefilled(route: Route, raw: bytes) -> Prefilled:
     ids, rest = _without_ids(raw)
     try:
         answer = orjson.loads(rest)
-        checked_end(route, answer)
-        tokens, details = route.usage
-        usage = answer["usage"]
-        prompt_tokens = int(usage[tokens])
-        cached = (usage.get(details) or {}).get("cached_tokens")
-    except (KeyError, TypeError, AttributeError, orjson.JSONDecodeError) as exc:
+        prompt_tokens, cached = route.usage(answer["usage"])
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise PrefillRefusedError("the prefill node's answer is not one of this route") from exc
+    checked_end(route, answer)
     return Prefilled(answer, prompt_tokens, cached, ids)
 
 

@@ -1,17 +1,135 @@
 """vLLM's command line and environment. Checked against vLLM 0.32."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
-from ..base import JSONObject, Role
+from ..base import JSONObject, Parallel, Role
 from ..connectors import mooncake, mooncake_store, multi
 from ..connectors.names import ConnectorName
 
 Device = Literal["cpu", "cuda"]
 
-OWNED_FLAGS = frozenset({"--host", "--port", "--model", "--served-model-name", "--kv-transfer-config", "--uds"})
-"""Flags the plan decides; passing them through would start something other than what was checked."""
+_OVER_HTTP = "pd-launch asks its nodes over HTTP at the addresses of its plan"
+_ONE_HOST = "a node of pd-launch lies on one host"
+OWNED_FLAGS = {
+    "--model": "use --model of pd-launch",
+    "--served-model-name": "use --served-model-name of pd-launch",
+    "--host": "use --host of pd-launch",
+    "--port": "use --http-ports",
+    "--kv-transfer-config": "use --connector, --transfer-protocol and --rdma-devices",
+    "--tensor-parallel-size": "use --tensor-parallel",
+    "--pipeline-parallel-size": "use --pipeline-parallel",
+    "--data-parallel-size": "use --data-parallel",
+    "--device-ids": "use --devices",
+    "--config": "give its flags one by one: it may hold what pd-launch decides",
+    "--uds": _OVER_HTTP,
+    "--ssl-keyfile": _OVER_HTTP,
+    "--ssl-certfile": _OVER_HTTP,
+    "--ssl-ca-certs": _OVER_HTTP,
+    "--ssl-cert-reqs": _OVER_HTTP,
+    "--root-path": _OVER_HTTP,
+    "--headless": _ONE_HOST,
+    "--nnodes": _ONE_HOST,
+    "--node-rank": _ONE_HOST,
+    "--master-addr": _ONE_HOST,
+    "--data-parallel-size-local": _ONE_HOST,
+    "--data-parallel-rank": _ONE_HOST,
+    "--data-parallel-start-rank": _ONE_HOST,
+    "--data-parallel-address": _ONE_HOST,
+    "--data-parallel-hybrid-lb": _ONE_HOST,
+    "--data-parallel-external-lb": _ONE_HOST,
+    "--disable-log-stats": "without its counters nobody can tell whether KV moves",
+}
+"""Flags the plan decides, and what to do instead: with another value something else would run than was checked."""
+
+_SHORTEST_ABBREVIATION = 5
+_SHORT = {
+    "-tp": "--tensor-parallel-size",
+    "-pp": "--pipeline-parallel-size",
+    "-dp": "--data-parallel-size",
+    "-dpl": "--data-parallel-size-local",
+    "-dpa": "--data-parallel-address",
+    "-dph": "--data-parallel-hybrid-lb",
+    "-dpn": "--data-parallel-rank",
+    "-dpr": "--data-parallel-start-rank",
+    "-dpe": "--data-parallel-external-lb",
+    "-n": "--nnodes",
+    "-r": "--node-rank",
+    "-q": "--quantization",
+    "-sc": "--speculative-config",
+}
+"""VLLM's own short names of some flags."""
+
+UNSET = frozenset(
+    {"VLLM_PORT", "MC_HANDSHAKE_PORT", "MC_LEGACY_RPC_PORT_BINDING", "VLLM_USE_V1", "VLLM_API_KEY", "MC_FORCE_TCP"}
+)
+"""Never inherited: Kubernetes sets VLLM_PORT to a URI for any service named vllm, which is a start-up error; with
+VLLM_API_KEY nodes would refuse a proxy that was given no key; the others mislead. `--env` can still set them."""
+
+
+def flag_name(word: str) -> str:
+    """The flag in a word of a command line, as vLLM's parser reads it: `--a_b=1` and `--a-b.c` are `--a-b`."""
+    if not word.startswith("-"):
+        return ""
+    name = word.partition("=")[0].partition(".")[0].replace("_", "-")
+    return _SHORT.get(name, name)
+
+
+def owned(words: Sequence[str]) -> dict[str, str]:
+    """The flags among these that the plan decides -> what to do instead. Abbreviations count: the parser knows them."""
+    found = {}
+    for word in words:
+        name = flag_name(word)
+        meant = [flag for flag in OWNED_FLAGS if flag == name]
+        if not meant and len(name) >= _SHORTEST_ABBREVIATION:
+            meant = [flag for flag in OWNED_FLAGS if flag.startswith(name)]
+        if meant:
+            found[word.partition("=")[0]] = OWNED_FLAGS[meant[0]]
+    return found
+
+
+def given(words: Sequence[str]) -> dict[str, str]:
+    """Flag -> value of a command line, by the flags' names; "" for one that has none. The last of equal ones counts."""
+    found: dict[str, str] = {}
+    before = ""
+    for word in words:
+        name = flag_name(word)
+        if not name:
+            if before:
+                found[before] = word
+            before = ""
+            continue
+        _, equals, value = word.partition("=")
+        found[name] = value
+        before = "" if equals else name
+    return found
+
+
+_INHERITED = frozenset(
+    {
+        "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TERM", "TZ", "HOSTNAME", "LD_LIBRARY_PATH",
+        "LD_PRELOAD", "LIBRARY_PATH", "CPATH", "CC", "CXX", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NO_COLOR",
+        "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "MAX_JOBS", "WITH_NVIDIA_PEERMEM", "DO_NOT_TRACK",
+        "http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "TOKENIZERS_PARALLELISM",
+    }
+)  # fmt: skip
+_INHERITED_BEGINNINGS = (
+    "LC_", "XDG_", "SSL_", "CUDA_", "NVIDIA_", "CUBLAS_", "CUDNN_", "NCCL_", "NVSHMEM_", "GLOO_", "UCX_", "IBV_",
+    "RDMA", "MLX5_", "FI_", "MC_", "MOONCAKE_", "VLLM_", "HF_", "HUGGINGFACE_", "HUGGING_FACE_", "MODELSCOPE_",
+    "TRANSFORMERS_", "SAFETENSORS_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "FLASHINFER_", "DG_", "NVCC_",
+    "OMP_", "MKL_", "KMP_", "GOMP_", "NUMBA_",
+    "RAYON_", "AWS_", "S3_", "GOOGLE_", "AZURE_", "TIKTOKEN_", "OTEL_", "GLOG_", "RUNAI_", "SLURM_",
+)  # fmt: skip
+
+
+def inherits(name: str) -> bool:
+    """Whether a variable of the launcher's own environment reaches an engine. Nothing else does by accident: neither
+    what a shell has set up for other programs, nor the keys of the proxy. `--env NAME` passes further ones on.
+    """
+    return name not in UNSET and (name in _INHERITED or name.startswith(_INHERITED_BEGINNINGS))
+
 
 _NO_DOMAIN = "none.invalid"
 """The one media may be fetched from, and it can never exist (RFC 2606): the proxy fetches media, and checks from where.
@@ -32,7 +150,8 @@ class Launch:
 
     role: Role
     model: str
-    served_model_name: str
+    served_names: tuple[str, ...]
+    """What clients may call it; the first is the one that answers name."""
     host: str
     port: int
     device: Device
@@ -45,7 +164,12 @@ class Launch:
     """Where the shared store is, for the connectors that have one."""
     max_model_len: int | None = None
     devices: tuple[str, ...] = ()
+    parallel: Parallel = field(default_factory=Parallel)
+    rdma_devices: tuple[str, ...] = ()
+    """The adapters KV may move over; none: Mooncake's own choice."""
     extra_args: tuple[str, ...] = ()
+    interface: str = ""
+    """The network interface that has `host`; empty when nobody knows, or the user has chosen."""
     no_proxy: tuple[str, ...] = ()
     """What is not to be asked through the HTTP proxy, as the user has it: a mirror of the hub, say."""
 
@@ -56,7 +180,7 @@ def arguments(launch: Launch) -> list[str]:
     That module and not `vllm serve`: the CPU build's script dies looking for a distribution named `vllm`.
     """
     config = _kv_transfer_config(launch)
-    args = ["--model", launch.model, "--served-model-name", launch.served_model_name]
+    args = ["--model", launch.model, "--served-model-name", *launch.served_names]
     args += ["--host", launch.host, "--port", str(launch.port)]
     args += ["--kv-transfer-config", json.dumps(config, separators=(",", ":"))]
     args += ["--allowed-media-domains", _NO_DOMAIN]
@@ -67,8 +191,8 @@ def arguments(launch: Launch) -> list[str]:
         args += ["--enforce-eager"]  # compiling takes longer on a CPU than it ever gives back
     if _may_be_written_to_late(launch):
         args += ["--no-enable-prefix-caching"]
-    if len(launch.devices) > 1:
-        args += ["--tensor-parallel-size", str(len(launch.devices))]
+    for flag, size in launch.parallel.flags().items():
+        args += [flag, str(size)]
     return args + list(launch.extra_args)
 
 
@@ -89,12 +213,12 @@ def _kv_transfer_config(launch: Launch) -> JSONObject:
     if launch.connector == "MooncakeStoreConnector":
         return mooncake_store.kv_transfer_config(launch.role, on_cpu=on_cpu)
     if launch.connector == "MultiConnector":
-        return multi.kv_transfer_config(launch.role, launch.protocol, on_cpu=on_cpu)
-    return mooncake.kv_transfer_config(launch.role, launch.protocol, on_cpu=on_cpu)
+        return multi.kv_transfer_config(launch.role, launch.protocol, launch.rdma_devices, on_cpu=on_cpu)
+    return mooncake.kv_transfer_config(launch.role, launch.protocol, launch.rdma_devices, on_cpu=on_cpu)
 
 
 def environment(launch: Launch) -> dict[str, str]:
-    """Variables set for the node, on top of the launcher's own environment."""
+    """Variables set for the node, on top of those it inherits."""
     variables = mooncake.environment(
         transfer_ports=launch.transfer_ports,
         bootstrap_port=launch.bootstrap_port,
@@ -109,6 +233,8 @@ def environment(launch: Launch) -> dict[str, str]:
         "no_proxy": ",".join((launch.host, "127.0.0.1", "localhost", *launch.no_proxy)),
         "PYTHONUNBUFFERED": "1",
     }
+    if launch.interface:
+        variables["GLOO_SOCKET_IFNAME"] = launch.interface  # else it takes what the host's own name resolves to
     if launch.store is not None:
         variables |= mooncake_store.environment(launch.store.config_file, launch.store.client_ports)
     if launch.device == "cpu":
@@ -117,15 +243,11 @@ def environment(launch: Launch) -> dict[str, str]:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else both nodes pin their threads to the same cores
             "OMP_NUM_THREADS": "1",
         }
-    if launch.devices:
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(launch.devices)
+    if launch.devices:  # numbers are NVML's, which go by the PCI bus; CUDA's own go by speed unless told
+        variables |= {"CUDA_VISIBLE_DEVICES": ",".join(launch.devices), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     return variables
 
 
-UNSET = (
-    "VLLM_PORT", "MC_HANDSHAKE_PORT", "MC_LEGACY_RPC_PORT_BINDING", "VLLM_USE_V1", "VLLM_API_KEY",
-    "PD_PROXY_API_KEYS", "PD_PROXY_ADMIN_KEY", "PD_NODE_API_KEY",
-)  # fmt: skip
-"""Taken out of a node's environment: Kubernetes sets VLLM_PORT to a URI for any service named vllm, which is a
-start-up error; with VLLM_API_KEY nodes would refuse a proxy that was given no key; keys of the proxy are none of an
-engine's business; and the others mislead. What `--env` sets stays."""
+def needs_plugins(launch: Launch) -> bool:
+    """Whether the node loads a module of ours, by a name in its KV transfer configuration."""
+    return launch.device == "cpu" or launch.connector == "MultiConnector"

@@ -1,5 +1,8 @@
 """What a vLLM node says of itself: its metrics' text and its model cards. Checked against vLLM 0.32."""
 
+import re
+from collections.abc import Mapping
+
 from ..base import Gauges, JSONObject
 
 KV_CACHE_USAGE = "vllm:kv_cache_usage_perc"
@@ -37,6 +40,38 @@ def gauges(metrics: str) -> Gauges:
     )
 
 
+CACHE_CONFIG = "vllm:cache_config_info{"
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+_MUST_BE_EQUAL = (
+    "block_size", "cache_dtype", "kv_cache_layout", "kv_cache_dtype_skip_layers", "sliding_window", "mamba_cache_dtype",
+     "mamba_ssm_cache_dtype", "mamba_page_size_padded",
+)  # fmt: skip
+"""vLLM compares none of it: blocks of another shape or type are read as if they were the reader's own.
+
+`mamba_block_size` is not of these: it says how often a prefix cache keeps a state, 16 with one and the whole length
+without, and only the last state moves (hybrid models, tests/models).
+"""
+
+
+def cache_config(metrics: str) -> dict[str, str]:
+    """What a node says of its KV cache, from its `/metrics` text; empty when it does not say."""
+    line = next((line for line in metrics.splitlines() if line.startswith(CACHE_CONFIG)), "")
+    return dict(_LABEL.findall(line))
+
+
+def cache_layout(config: Mapping[str, str]) -> dict[str, str]:
+    """What must be equal on nodes between which KV moves."""
+    return {name: config[name] for name in _MUST_BE_EQUAL if name in config}
+
+
+def cache_tokens(config: Mapping[str, str]) -> int | None:
+    """How many tokens of prompts it can keep for the next ones; None when it does not say."""
+    if config.get("enable_prefix_caching") == "False":
+        return 0
+    blocks, size = config.get("num_gpu_blocks", ""), config.get("block_size", "")
+    return int(blocks) * int(size) if blocks.isdecimal() and size.isdecimal() else None
+
+
 def model_cards(models: JSONObject) -> tuple[JSONObject, ...]:
     """What a node serves, LoRA adapters included, from its `GET /v1/models`. Raises ValueError if it is not that."""
     cards = models.get("data") if isinstance(models, dict) else None
@@ -53,4 +88,7 @@ def _total(metrics: str, series: str, label: str = "") -> float:
     Only its own lines are read: the whole text has thousands, and is looked at every few seconds.
     """
     lines = (line for line in metrics.splitlines() if line.startswith(series) and label in line)
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+    try:
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+    except IndexError:
+        raise ValueError(f"a line of {series} has no value") from None

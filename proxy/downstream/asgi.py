@@ -38,13 +38,14 @@ class ASGIHandler:
 
 
 class _Call:
-    """One request's way through the application. Answers are whole: nothing here streams."""
+    """One request's way through the application."""
 
     def __init__(self, request: ClientRequest) -> None:
         self._request = request
+        self._gone = asyncio.Event()
+        request.on_gone = self._gone.set
         self._status = 500
         self._headers: list[tuple[bytes, bytes]] = []
-        self._body: list[bytes] = []
         self._is_received = False
         self._is_refused = False
         """The body could not be had; whatever the application says to that, the answer is made here."""
@@ -71,10 +72,16 @@ class _Call:
         except ClientGoneError:
             return
         except ProxyError as exc:
+            if request.started:
+                request.break_off(at_once=True)
+                return
             body = orjson.dumps(error_body(str(exc), exc.kind, exc.status))
             request.answer(exc.status, [(b"content-type", b"application/json")], body)
         except Exception:
             logger.exception("%s %s failed in the proxy itself", scope["method"], request.path)
+            if request.started:
+                request.break_off()
+                return
             request.answer(500, [(b"content-type", b"text/plain")], b"Internal Server Error")
 
     async def _receive(self) -> Message:
@@ -86,14 +93,25 @@ class _Call:
                 self._is_refused = True
                 raise
             return {"type": "http.request", "body": body, "more_body": False}
-        await asyncio.Event().wait()
-        raise AssertionError
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
 
     async def _send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._status = message["status"]
             self._headers = [pair for pair in message.get("headers", ()) if pair[0].lower() != b"content-length"]
             return
-        self._body.append(message.get("body", b""))
-        if not message.get("more_body") and not self._is_refused:
-            self._request.answer(self._status, self._headers, b"".join(self._body))
+        if self._is_refused:
+            return
+        request, body, more = self._request, message.get("body", b""), message.get("more_body", False)
+        if not request.started and not more:
+            request.answer(self._status, self._headers, body)
+            return
+        if not request.started:
+            request.begin(self._status, self._headers, body)
+        elif body:
+            request.write(body)
+        if more:
+            await request.drained(request.connection.stall_s)
+        else:
+            request.finish()

@@ -100,6 +100,8 @@ class Head:
         if not target.startswith(b"/"):
             target = self._origin_form(target)
         raw, _, query = target.partition(b"?")
+        if len(raw) > 1 and raw.endswith(b"/"):  # the same route: a redirect would name us as we are behind a front
+            raw = raw.rstrip(b"/") or b"/"
         path = raw.decode("latin-1")
         return unquote(path) if "%" in path else path, raw, query
 

@@ -168,6 +168,11 @@ class ClientProtocol(asyncio.Protocol):
         return (str(address[0]), int(address[1])) if isinstance(address, tuple) else None
 
     @property
+    def stall_s(self) -> float:
+        """How long a client may take nothing of its answer."""
+        return self._service.limits.stall_s
+
+    @property
     def scheme(self) -> str:
         return "https" if self._is_tls else "http"
 

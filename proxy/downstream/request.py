@@ -54,6 +54,7 @@ class ClientRequest:
         "is_gone",
         "keeps_alive",
         "method",
+        "more_headers",
         "on_gone",
         "path",
         "query",
@@ -80,6 +81,8 @@ class ClientRequest:
         self.is_gone = False
         """The client closed its connection before it was answered."""
         self.on_gone: Callable[[], object] | None = None
+        self.more_headers = b""
+        """Lines that its answer's head has besides, whatever the answer is."""
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header; `name` in lower case."""
@@ -262,7 +265,7 @@ class ClientRequest:
             lines.append(b"connection: close\r\n")
         elif self.is_1_0:
             lines.append(b"connection: keep-alive\r\n")
-        lines += (length, b"\r\n")
+        lines += (self.more_headers, length, b"\r\n")
         return b"".join(lines)
 
     def _frame(self, chunk: bytes) -> bytes:

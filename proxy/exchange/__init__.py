@@ -1,6 +1,8 @@
 """The life of one request, in the order in which it is lived:
 
+stored.py    responses that a node keeps
 receive.py   the body, read, parsed and its media fetched
+fanout.py    a request for several sequences is an exchange for each, answered as one
 exchange.py  attempts until one answers, or none may follow
 attempt.py   choose -> prefill -> decode: one hand-off
 leg.py       one request to one node, sent once

@@ -1,6 +1,7 @@
 """One try at answering a request: choose, prefill, choose decode again if it has failed meanwhile, decode."""
 
 import time
+from collections.abc import Callable
 
 from engines.base import JSONObject, Prefilled, PrefillRefusedError, Rank, Role
 from engines.openai import continuation
@@ -19,12 +20,14 @@ from ..errors import (
 )
 from ..nodes.node import Lease, Node
 from ..routing.policy import choose
+from ..routing.prefill import Audit
+from ..routing.prompts import Prompt, prompt_of
 from ..upstream.client import Answer
 from ..upstream.deadline import Deadline
 from .deliver import Delivery
 from .handoff import PinnedKV, State
 from .leg import Leg, rules_for
-from .plane import DataPlane, Request
+from .plane import DataPlane, Only, Request
 from .presence import Presence, let_end, see_off
 from .record import Record
 
@@ -51,9 +54,12 @@ class Attempt:
         record: Record,
         delivery: Delivery,
         avoid: set[Node],
+        only: Only | None = None,
     ) -> None:
         self.failing: Node | None = None
         """Where the last leg went."""
+        self._holder: Node | None = None
+        """The prefill node that has been asked to hold the KV."""
         self._plane = plane
         self._engine = plane.fleet.engine
         self._request = request
@@ -61,13 +67,14 @@ class Attempt:
         self._record = record
         self._delivery = delivery
         self._avoid = avoid
+        self._only = only or Only()
 
     async def run(self, route: Route | None, reason: str | None) -> None:
         """Answer the client. `reason`: why one node does both phases; None for a hand-off on `route`.
 
         Raises NodeError, NoNodeError, StreamLostError; what a node refused is passed on or raised as it put it.
         """
-        with choose(self._plane.fleet, Role.DECODE, self._avoid).lease(for_request=True) as seat:
+        with self._choose_decode().lease(for_request=True) as seat:
             if route is not None and reason is None:
                 reason = await self._disaggregated(seat, route)
             if reason is not None:
@@ -99,40 +106,88 @@ class Attempt:
     async def _disaggregated(self, seat: Lease, route: Route) -> str | None:
         """Prefill, hand over, decode. What it returns is why the prompt must go to one node after all."""
         self._record.path, self._record.reason = "disaggregated", None
-        prefill = self._choose_prefill()
+        prompt = self._prompt()
+        prefill = self._choose_prefill(prompt, seat.node)
         if prefill is None:
             return "no-prefill"
-        rank = prefill.next_rank()
+        self._holder = prefill
+        rank = self._rank_of(prefill, prompt)
         if rank is not None and rank.of > 1 and not route.takes_rank:
             return "data-parallel"
+        if self._would_kill(seat.node, prompt_tokens=1):
+            return "may-be-refused"
         hand_off = self._plane.fleet.connector.hand_off(prefill.spec.bootstrap, rank)
         with PinnedKV(hand_off, self._request.asked.body.get("model"), self._plane.releaser) as kv:
             self._record.transfer_id = kv.id
-            with prefill.lease(for_request=True):
-                prefilled = await self._prefill(prefill, rank, route, kv)
+            with prefill.lease(for_request=True), self._plane.prefills.sent(prefill, rank, prompt) as sent:
+                prefilled = await self._prefill(prefill, rank, route, kv, dies_of_refusals=self._dies(seat.node))
+                sent.prefilled = None if isinstance(prefilled, str) else prefilled
+            self._note_audit(prefill, sent.audit)
             if isinstance(prefilled, str):
                 return prefilled
             self._record.prompt_tokens = prefilled.prompt_tokens
             self._presence.check()
-            if self._would_kill(seat.node, prefilled):
-                return "too-long"
+            if self._would_kill(seat.node, prefilled.prompt_tokens):
+                return "may-be-refused"
             await self._decode(seat, route, kv, prefilled)
         return None
 
     # -- prefill
 
-    def _choose_prefill(self) -> Node | None:
+    def _prompt(self) -> Prompt:
+        """What the choice of a prefill node looks at."""
+        asked, same = self._request.asked, self._request.same_prompt
+        if not self._plane.prefills.looks_at_prompts:
+            return Prompt(tokens=asked.tokens)
+        if same is None:
+            return prompt_of(asked.body, asked.tokens)
+        if same.prompt is None:
+            same.prompt = prompt_of(asked.body, asked.tokens)
+        return same.prompt
+
+    def _note_audit(self, node: Node, audit: Audit | None) -> None:
+        if audit is not None:
+            metrics, name = self._plane.metrics, node.spec.name
+            metrics.prefix_predictions.count(name, audit.outcome)
+            metrics.prefix_predicted_tokens.count(name, by=audit.predicted)
+            metrics.prefix_cached_tokens.count(name, by=audit.cached)
+
+    def _choose_prefill(self, prompt: Prompt, decode: Node) -> Node | None:
         """None when decode nodes must do without. Raises NoNodeError when they shall not."""
         may_do_without = self._plane.settings.without_prefill == "aggregated"
+        same = self._request.same_prompt
+        if same is not None and same.node is not None and self._may_take(same.node, decode):
+            return same.node
         try:
-            node = choose(self._plane.fleet, Role.PREFILL, self._avoid)
+            node = self._only_or(Role.PREFILL, lambda: self._cheapest_prefill(prompt, decode))
         except NoNodeError:
             if not may_do_without:
                 raise
             return None
-        return None if may_do_without and node in self._avoid else node
+        if may_do_without and node in self._avoid:
+            return None
+        if same is not None:
+            same.node, same.rank = node, None
+        return node
 
-    async def _prefill(self, node: Node, rank: Rank | None, route: Route, kv: PinnedKV) -> Prefilled | str:
+    def _may_take(self, prefill: Node, decode: Node) -> bool:
+        is_well = prefill.usable and prefill not in self._avoid and prefill.breaker.admits(time.monotonic())
+        return is_well and not self._plane.fleet.pairs.is_fenced(prefill, decode)
+
+    def _cheapest_prefill(self, prompt: Prompt, decode: Node) -> Node:
+        return self._plane.prefills.choose(prompt, self._avoid, self._request.asked.body.get("model"), decode)
+
+    def _rank_of(self, node: Node, prompt: Prompt) -> Rank | None:
+        same = self._request.same_prompt
+        rank = next((rank for rank in node.ranks if same is not None and rank.number == same.rank), None)
+        rank = rank or self._plane.prefills.rank_of(node, prompt)
+        if same is not None and rank is not None:
+            same.rank = rank.number
+        return rank
+
+    async def _prefill(
+        self, node: Node, rank: Rank | None, route: Route, kv: PinnedKV, *, dies_of_refusals: bool
+    ) -> Prefilled | str:
         """What the node's answer promises; or why it holds nothing, and a node is to be given the client's own body.
 
         A leg that was sent is never cut off for the request's deadline, and for a client that left only after a while:
@@ -142,7 +197,9 @@ class Attempt:
         headers = self._request.headers
         if rank is not None and rank.of > 1:
             headers = [*headers, (b"x-data-parallel-rank", str(rank.number).encode())]
-        body = self._engine.prefill_leg(route, self._request.asked, kv.prefill_params)
+        asked = self._request.asked
+        judges_all = dies_of_refusals or bool(route.events.opening_names)
+        body = self._engine.prefill_leg(route, asked, kv.prefill_params, judges_all=judges_all)
         deadline = Deadline(self._plane.settings.prefill_timeout_s, "finish its prefill", is_everybodys=True)
         leg = self._leg(node)
         began = time.perf_counter()
@@ -214,7 +271,7 @@ class Attempt:
             leg = self._leg(seat.node)
             limit_s = settings.decode_start_timeout_s if is_stream else settings.whole_answer_timeout_s
             deadline = Deadline(limit_s, "answer", is_everybodys=not is_stream)
-            policy = see_off(deadline) if is_stream else let_end
+            policy = see_off(deadline) if is_stream and not self._dies(seat.node) else let_end
             try:
                 with self._presence.on_leave(policy):
                     answer = await leg.open(body, self._request.headers, deadline, kv.offered)
@@ -222,27 +279,30 @@ class Attempt:
                 leg.close()
                 self._judge_failure(kv, exc)
                 self._presence.check()
-                if exc.maybe_received or not self._has_other(Role.DECODE):
+                if exc.maybe_received or not self._has_other_decode():
                     raise
             else:
                 return leg, answer, deadline
 
-    def _would_kill(self, node: Node, prefilled: Prefilled) -> bool:
-        """Whether the node will refuse the request for its length, and is of a version that dies of refusing a
-        hand-off. Refused without one, it lives on. Other refusals cannot be foreseen.
+    def _would_kill(self, node: Node, prompt_tokens: int) -> bool:
+        """Whether the node may refuse the request, and is of a version that dies of refusing a hand-off. Refused
+        without one, it lives on.
         """
-        if self._engine.survives_refusals(node.version):
+        if not self._dies(node):
             return False
-        body = self._request.asked.body
-        longest = self._plane.fleet.max_model_len(body.get("model"))
-        wanted = body.get("max_completion_tokens") or body.get("max_tokens")
-        return longest is not None and isinstance(wanted, int) and prefilled.prompt_tokens + wanted > longest
+        asked = self._request.asked
+        longest = self._plane.fleet.max_model_len(asked.body.get("model"))
+        return self._engine.may_refuse(asked, prompt_tokens, longest)
+
+    def _dies(self, node: Node) -> bool:
+        """It does when it refuses a hand-off, and when a client leaves one that waits to be scheduled."""
+        return not self._engine.survives_refusals(node.version)
 
     def _choose_decode_again(self, seat: Lease) -> None:
         """No decode node has seen this hand-off yet, so nothing binds it to the one chosen before the prefill."""
         node = seat.node  # one that is drained meanwhile finishes what it was chosen for
         if node in self._avoid or not node.is_well or node.breaker.is_resting(time.monotonic()):
-            other = choose(self._plane.fleet, Role.DECODE, self._avoid)
+            other = self._choose_decode(self._holder)
             if other is not node:
                 seat.move(other)
 
@@ -251,8 +311,9 @@ class Attempt:
         a while: what is refused after the engine's server has said 200 never reached the engine, and nothing was freed
         (seen on a live pair with `logprobs` above the limit).
         """
+        policy = let_end if self._dies(leg.node) else see_off(deadline)
         try:
-            with self._presence.on_leave(see_off(deadline)):
+            with self._presence.on_leave(policy):
                 return await leg.first_event(rules_for(route.events, answer.headers))
         except (NodeRefusedError, NodeFullError):
             kv.refused(freed=False)
@@ -285,10 +346,11 @@ class Attempt:
         """Whether the decode leg is a stream: the client's own, or one collected here for a client that wants none.
 
         Tool calls are parsed by the node, and by another parser in a stream; a client that asked for a whole answer
-        gets the one of the whole answer's parser.
+        gets the one of the whole answer's parser. And no stream of a chat can echo: vLLM 0.32 fails on it.
         """
         body = self._request.asked.body
-        return bool(body.get("stream")) or (route.collects and not (body.get("tools") or body.get("functions")))
+        only_whole = body.get("tools") or body.get("functions") or (route is CHAT and body.get("echo"))
+        return bool(body.get("stream")) or (route.collects and not only_whole)
 
     def _noting_tokens(self, route: Route, leg_body: JSONObject, prefilled: Prefilled) -> SentTokens | None:
         """Have the decode leg tell its tokens, if its stream is one that could go on without its node."""
@@ -322,8 +384,24 @@ class Attempt:
         kind = str(error_in(body).get("type", ""))
         kv.refused(freed=self._engine.is_freed_by_refusal(status, kind))
 
-    def _has_other(self, role: Role) -> bool:
-        return any(node.usable and node not in self._avoid for node in self._plane.fleet.of(role))
+    def _choose_decode(self, partner: Node | None = None) -> Node:
+        """Raises NoNodeError."""
+        fleet, model = self._plane.fleet, self._request.asked.body.get("model")
+        return self._only_or(Role.DECODE, lambda: choose(fleet, Role.DECODE, self._avoid, model, partner))
+
+    def _only_or(self, role: Role, chosen: Callable[[], Node]) -> Node:
+        """Raises NoNodeError."""
+        only = self._only.of(role)
+        if only is not None:
+            if not only.is_well:
+                raise NoNodeError(f"only {only.spec.name} can answer this: {only.why_not}")
+            return only
+        return chosen()
+
+    def _has_other_decode(self) -> bool:
+        fleet, holder = self._plane.fleet, self._holder
+        others = [node for node in fleet.of(Role.DECODE) if node.usable and node not in self._avoid]
+        return any(holder is None or not fleet.pairs.is_fenced(holder, node) for node in others)
 
     def _leg(self, node: Node) -> Leg:
         self.failing = node

@@ -4,14 +4,14 @@ import logging
 import time
 
 from engines.base import Role
-from engines.openai.routes import HANDED_OFF, Route
+from engines.openai.routes import HANDED_OFF, RESPONSES, Route
 
 from ..errors import NodeError, NoNodeError
 from ..nodes.node import Node
 from . import retry
 from .attempt import Attempt, StreamLostError
 from .deliver import Delivery
-from .plane import Client, DataPlane, Request
+from .plane import Client, DataPlane, Only, Request
 from .presence import Presence
 from .record import Record
 from .resume import CannotContinueError, continued
@@ -47,10 +47,11 @@ class Exchange:
         if not self._continues:
             self._plane.budget.deposit()
         route, reason = self._split()
+        only = Only(decode=await self._node_of_previous())
         delivery = Delivery(self._plane, self._request, self._client, self._record)
         failure: NodeError | None = None
         for number in range(1, retry.MOST_ATTEMPTS + 1):
-            attempt = Attempt(self._plane, self._request, self._presence, self._record, delivery, self._avoid)
+            attempt = Attempt(self._plane, self._request, self._presence, self._record, delivery, self._avoid, only)
             try:
                 await self._until_some_node_is_usable(failure)
                 await attempt.run(route, reason)
@@ -67,6 +68,16 @@ class Exchange:
                     raise
                 raise failure from None
             return
+
+    async def _node_of_previous(self) -> Node | None:
+        """The one node that can go on with a stored response. None: any; it says itself when it has none of that name.
+
+        Raises NoNodeError when it cannot be asked.
+        """
+        previous = self._request.asked.body.get("previous_response_id")
+        if self._request.path != RESPONSES.path or not isinstance(previous, str):
+            return None
+        return await self._plane.stored.node_of(previous)
 
     def _split(self) -> tuple[Route | None, str | None]:
         """The route of a hand-off, and why there is none after all: one node then does both phases."""

@@ -6,7 +6,7 @@ import orjson
 
 from engines.base import JSONObject
 from engines.openai.errors import error_in
-from engines.openai.sse import OPENAI_EVENTS, EventRules, Splitter, events
+from engines.openai.sse import OPENAI_EVENTS, EventRules, Splitter
 
 from ..errors import (
     BadRequestError,
@@ -84,7 +84,8 @@ class Leg:
         return raw
 
     async def first_event(self, rules: EventRules | None) -> bytes:
-        """The first bytes of the answer; of a stream with these rules at least one whole event. Comments are dropped.
+        """The first bytes of the answer; of a stream with these rules at least one whole event of the engine's own.
+        Comments are dropped.
 
         Raises NodeRefusedError or NodeError when a stream begins with an error: the engine has said 200 to it already.
         """
@@ -129,14 +130,14 @@ class Leg:
         """Most streams come an event a read; only if the first read is not a whole one are more taken."""
         splitter = Splitter()
         whole, read = b"", []
-        while not _has_event(whole):
+        while not _has_begun(whole, rules):
             chunk = await answer.chunk()
             if not chunk:
                 raise NodeBrokeOffError(f"node {self.node.spec.name} ended its stream before its first event")
             read.append(chunk)
             whole += self._cut(splitter, chunk)
         failure = rules.error_in(whole)
-        if failure is not None and not _has_event(rules.before_error(whole)):  # comments are none
+        if failure is not None and not _has_begun(rules.before_error(whole), rules):  # comments are none
             raise self._failure(failure)
         return b"".join(read)
 
@@ -156,8 +157,8 @@ class Leg:
         return NodeError(f"node {self.node.spec.name} began its answer with an error", "Its own log tells why")
 
 
-def _has_event(whole: bytes) -> bool:
-    return whole.startswith(b"data:") or next(events(whole), None) is not None
+def _has_begun(whole: bytes, rules: EventRules) -> bool:
+    return whole.startswith(b"data:") or rules.has_begun(whole)
 
 
 def rules_for(path_rules: EventRules | None, headers: Headers) -> EventRules | None:

@@ -4,11 +4,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from engines.base import Role
 from engines.openai.request import Asked
 
 from ..metrics import Metrics
 from ..nodes.clients import NodeClients
 from ..nodes.fleet import Fleet
+from ..nodes.node import Node
+from ..routing.prefill import PrefillRouter
+from ..routing.prompts import Prompt
 from ..settings import ProxySettings
 from ..upstream.client import Answer, Headers
 from .filters import StreamFilter
@@ -17,6 +21,7 @@ from .memory import Reservation
 if TYPE_CHECKING:
     from .release import Releaser
     from .retry import RetryBudget
+    from .stored import StoredResponses
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,28 @@ class DataPlane:
     metrics: Metrics
     releaser: "Releaser"
     budget: "RetryBudget"
+    stored: "StoredResponses"
+    prefills: PrefillRouter
+
+
+@dataclass(slots=True)
+class SamePrompt:
+    """What several requests with one prompt share: where it is computed, so that it is computed once."""
+
+    node: Node | None = None
+    rank: int | None = None
+    prompt: Prompt | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Only:
+    """The nodes that must answer, for whoever is bound to them; None: any."""
+
+    prefill: Node | None = None
+    decode: Node | None = None
+
+    def of(self, role: Role) -> Node | None:
+        return self.prefill if role is Role.PREFILL else self.decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +69,7 @@ class Request:
     """Those of the client's headers that the nodes get, the request id among them."""
     memory: Reservation | None = None
     """What its prompt is counted in."""
+    same_prompt: SamePrompt | None = None
 
     def forget_prompt(self) -> None:
         """The answer has begun: let go of what only its beginning needed."""

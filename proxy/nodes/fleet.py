@@ -3,8 +3,9 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from engines import topology
 from engines.base import Connector, Engine, JSONObject, Role
@@ -12,6 +13,7 @@ from engines.connectors.names import CONNECTORS
 from engines.known import ENGINES
 
 from .node import Node
+from .pairs import Pair, Pairs, Verdict
 
 _JUST_LOST_S = 5.0
 _LOOK_EVERY_S = 0.1
@@ -41,10 +43,17 @@ class Fleet:
     connector: Connector
     _topology: topology.Topology
 
-    def __init__(self, nodes: topology.Topology, limits: Limits | None = None) -> None:
+    def __init__(self, nodes: topology.Topology, limits: Limits | None = None, *, any_version: bool = False) -> None:
+        """`any_version`: of the engine, also one that was not tried."""
         self.limits = limits or Limits()
+        self.pairs = Pairs()
+        self._any_version = any_version
         self._nodes: dict[Role, list[Node]] = {}
         self._turn = dict.fromkeys(Role, 0)
+        self._on_some: frozenset[str] = frozenset()
+        """Models that some usable nodes list and others do not: adapters (LoRA) that were loaded at run time."""
+        self._cut_off: frozenset[Node] = frozenset()
+        """Decode nodes that no usable prefill node may hand over to, though there are some."""
         self._had_usable: dict[Role, float] = {}
         """When a node of the role was last seen usable, on the monotonic clock."""
         self.replace(nodes)
@@ -103,13 +112,42 @@ class Fleet:
 
         True also when none is usable: to say so is not admission's part.
         """
-        some_are_usable = False
-        for node in self._nodes[Role.DECODE]:
-            if node.usable:
-                if self.limits.leave_room(node):
-                    return True
-                some_are_usable = True
-        return not some_are_usable
+        usable = [node for node in self._nodes[Role.DECODE] if node.usable]
+        if self._cut_off:
+            usable = [node for node in usable if node not in self._cut_off] or usable
+        return not usable or any(self.limits.leave_room(node) for node in usable)
+
+    def usable_pairs(self) -> list[Pair]:
+        """Of nodes that get requests, whether hand-offs between them are fenced or not."""
+        prefill, decode = ([node for node in self._nodes[role] if node.usable] for role in (Role.PREFILL, Role.DECODE))
+        return [(one, other) for other in decode for one in prefill]
+
+    def has_pair(self, pair: Pair) -> bool:
+        """Both are in the topology in force."""
+        prefill, decode = pair
+        return prefill in self._nodes[Role.PREFILL] and decode in self._nodes[Role.DECODE]
+
+    def is_cut_off(self, decode: Node) -> bool:
+        """No usable prefill node may hand over to it, though there are some; as of the last probe or verdict."""
+        return decode in self._cut_off
+
+    def can_hand_over(self) -> bool:
+        """Between two usable nodes at least."""
+        decodes = self._nodes[Role.DECODE]
+        return self.has(Role.PREFILL) and any(node.usable and node not in self._cut_off for node in decodes)
+
+    def judged(self, pair: Pair, verdict: Verdict) -> None:
+        """The canary's verdict on a pair."""
+        self.pairs.judged(pair, verdict)
+        self._note_cut_off()
+
+    def _note_cut_off(self) -> None:
+        cut_off: frozenset[Node] = frozenset()
+        if self.pairs.are_any_fenced:
+            usable = [node for node in self._nodes[Role.PREFILL] if node.usable]
+            decodes = self._nodes[Role.DECODE] if usable else []
+            cut_off = frozenset(d for d in decodes if all(self.pairs.is_fenced(p, d) for p in usable))
+        self._cut_off = cut_off
 
     def compare(self) -> None:
         """Keep apart what does not fit. What is expected is said by the topology, else by most of the nodes.
@@ -118,9 +156,34 @@ class Fleet:
         already stay.
         """
         well = [node for node in self if node.problem is None]
-        expected = self._expected(well)
-        for node in self:
-            node.fits(_difference(_served(node), expected) if node in well else node.misfit)
+        expected, layout = self._expected(well), dict(_most_common(well, _layout))
+        family = _most_common(well, self._family)
+        for node in well:
+            node.fits(
+                self._version_problem(node, family)
+                or _difference(_served(node), expected)
+                or _other_layout(node, layout)
+            )
+        self._note_cut_off()
+        listed = [node.names for node in self if node.usable]
+        self._on_some = frozenset().union(*listed) - frozenset.intersection(*listed) if listed else frozenset()
+
+    def _family(self, node: Node) -> tuple[str, ...]:
+        return (self.engine.version_family(node.version),) if node.version else ()
+
+    def _version_problem(self, node: Node, expected: tuple[str, ...]) -> str | None:
+        """What KV looks like on its way differs from one minor version to the next, and nobody there compares."""
+        problem = "" if self._any_version else self.engine.version_problem(node.version)
+        if problem:
+            return f"{problem} (--any-version uses it)"
+        own = self._family(node)
+        if own and expected and own != expected:
+            return f"is of {self.engine.name} {own[0]}, while {expected[0]} is expected"
+        return None
+
+    def is_on_some(self, model: object) -> bool:
+        """Whether it makes a difference which node is asked for the model."""
+        return isinstance(model, str) and model in self._on_some
 
     def models(self) -> list[JSONObject]:
         """The cards of the models that some usable prefill node and some usable decode node both serve.
@@ -144,10 +207,11 @@ class Fleet:
         """The engine's version, as a usable decode node gives it; None when there is none."""
         return next((node.version for node in self._nodes[Role.DECODE] if node.usable), None)
 
-    def why_none(self, role: Role) -> str:
-        """Of every node of the role why it is not usable."""
+    def why_none(self, role: Role, partner: Node | None = None) -> str:
+        """Of every node of the role why it is not usable, or not with this partner."""
+        fenced = f"hand-offs with {partner.spec.name} are fenced" if partner else None
         nodes = self._nodes[role]
-        return "; ".join(f"{node.spec.name}: {node.why_not}" for node in nodes) or f"there is no {role} node"
+        return "; ".join(f"{node.spec.name}: {node.why_not or fenced}" for node in nodes) or f"there is no {role} node"
 
     async def until_usable(self, role: Role) -> bool:
         """Wait a moment for a role whose nodes have all just gone down together: most often it is the machine that
@@ -169,12 +233,32 @@ class Fleet:
     def _expected(self, well: list[Node]) -> Served:
         if self._topology.models:
             return tuple(sorted((name, self._topology.max_model_len) for name in self._topology.models))
-        counts = Counter(served for node in well if (served := _served(node)))
-        if not counts:
-            return ()
-        serving = {served for node in well if node.misfit is None and (served := _served(node))}
-        order = [_served(node) for node in well]
-        return max(counts, key=lambda served: (counts[served], served in serving, -order.index(served)))
+        return _most_common(well, _served)
+
+
+Fact = TypeVar("Fact", bound=tuple[Any, ...])
+
+
+def _most_common(nodes: list[Node], of: Callable[[Node], Fact]) -> Fact | tuple[()]:
+    """What most of the nodes say; among equals what those say that serve already, then the first."""
+    order = [of(node) for node in nodes]
+    counts = Counter(fact for fact in order if fact)
+    if not counts:
+        return ()
+    serving = {of(node) for node in nodes if node.misfit is None}
+    return max(counts, key=lambda fact: (counts[fact], fact in serving, -order.index(fact)))
+
+
+def _layout(node: Node) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(node.layout.items()))
+
+
+def _other_layout(node: Node, expected: Mapping[str, str]) -> str | None:
+    """In words; None when all that both say is equal."""
+    for name in sorted(node.layout.keys() & expected.keys()):
+        if node.layout[name] != expected[name]:
+            return f"its KV cache has {name} {node.layout[name]}, while {expected[name]} is expected"
+    return None
 
 
 def _served(node: Node) -> Served:

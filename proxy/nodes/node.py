@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -42,6 +43,10 @@ class Node:
     """Its model cards, as its `/v1/models` lists them."""
     version: str = ""
     """Its engine's."""
+    layout: Mapping[str, str] = field(default_factory=dict)
+    """Of its KV cache: what must be equal on nodes between which KV moves."""
+    cache_tokens: int | None = None
+    """How many tokens of prompts it can keep for the next ones; None when it does not say."""
     gauges: Gauges = field(default_factory=Gauges)
     """Its own figures, as of the last probe."""
     in_flight: int = 0
@@ -50,6 +55,8 @@ class Node:
     """Hand-offs this decode node took, and their prompts' tokens."""
     elsewhere: Share = field(default_factory=Share)
     """What the proxy's other worker processes have of these three."""
+    life: int = 0
+    """Grows with every start of it that is noticed."""
     probed_at: float = 0.0
     """When the last probe of it that ended had begun, on the monotonic clock."""
     failed_at: float = 0.0
@@ -58,6 +65,11 @@ class Node:
 
     def __repr__(self) -> str:
         return f"<node {self.spec.name}: {self.why_not or 'usable'}, {self.load} in flight>"
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the models it lists."""
+        return frozenset(card["id"] for card in self.models)
 
     @property
     def load(self) -> int:
@@ -89,8 +101,11 @@ class Node:
         if self.problem is not None:
             self.breaker = Breaker()  # another life of it, perhaps
             logger.info("node %s is usable", self.spec.name)
+        if self.problem is not None or self.ranks != ranks:
+            self.life += 1
         self.problem, self.ranks = None, ranks
         self.models, self.version, self.gauges = facts.models, facts.version, facts.gauges
+        self.layout, self.cache_tokens = facts.layout, facts.cache_tokens
 
     def failed(self, problem: str) -> None:
         """No requests until a probe finds it well, and its identity with it."""

@@ -1,7 +1,7 @@
-"""The node with the fewest requests on it; among equals, the next in turn."""
+"""Which nodes come into question for a leg; of those the cheapest, and among equals the next in turn."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from engines.base import Role
 
@@ -10,27 +10,64 @@ from ..nodes.fleet import Fleet
 from ..nodes.node import Node
 
 
-def choose(fleet: Fleet, role: Role, avoid: Collection[Node] = ()) -> Node:
-    """The node of a role that the next leg goes to.
+def fewest_requests(node: Node) -> float:
+    """The cost that sends each request where the fewest are."""
+    return node.load
+
+
+def choose(  # noqa: PLR0913  who is asked for, and for what
+    fleet: Fleet,
+    role: Role,
+    avoid: Collection[Node] = (),
+    model: object = None,
+    partner: Node | None = None,
+    *,
+    cost_of: Callable[[Node], float] = fewest_requests,
+) -> Node:
+    """The node of a role that the next leg goes to. `partner`: the other node of the hand-off, when it is chosen.
+
+    A node that is fenced from its partner is none (`nodes/pairs.py`), and a decode node that is fenced from every
+    prefill node the last choice.
+
+    A model that only some nodes list goes to those; to any decode node when none of them does, which then says so.
 
     One in `avoid` (it has just failed the same request), one whose breaker is open, and a decode node without room
     only when there is no other: the last node of a role is never left out for what may be the requests' fault. Raises
     NoNodeError with the reason of every node that is not usable.
     """
     best: Node | None = None
-    best_cost: tuple[bool, bool, bool, int] | None = None
+    best_cost: tuple[bool, bool, bool, bool, float] | None = None
     now = time.monotonic()
-    for node in fleet.in_turn(role):
-        if node.usable:
+    for node in _candidates(fleet, role, model):
+        if node.usable and not _is_fenced(fleet, node, partner):
             cost = (
                 node in avoid,
                 not node.breaker.admits(now),
+                role is Role.DECODE and partner is None and fleet.is_cut_off(node),
                 role is Role.DECODE and not fleet.limits.leave_room(node),
-                node.load,
+                cost_of(node),
             )
             if best_cost is None or cost < best_cost:
                 best, best_cost = node, cost
     if best is None:
-        raise NoNodeError(f"no usable {role} node: {fleet.why_none(role)}", "See /health")
+        raise NoNodeError(f"no usable {role} node: {fleet.why_none(role, partner)}", "See /health")
     fleet.took_turn(best)
     return best
+
+
+def _is_fenced(fleet: Fleet, node: Node, partner: Node | None) -> bool:
+    if partner is None:
+        return False
+    pair = (node, partner) if node.spec.role is Role.PREFILL else (partner, node)
+    return fleet.pairs.is_fenced(*pair)
+
+
+def _candidates(fleet: Fleet, role: Role, model: object) -> list[Node]:
+    """Raises NoNodeError when no prefill node lists the model: one that does not would refuse the leg."""
+    nodes = fleet.in_turn(role)
+    if not fleet.is_on_some(model):
+        return nodes
+    listing = [node for node in nodes if model in node.names]
+    if role is Role.PREFILL and not any(node.usable for node in listing):
+        raise NoNodeError(f"no usable prefill node lists the model {model}", "Load it on the prefill nodes, too")
+    return listing if any(node.usable for node in listing) else nodes

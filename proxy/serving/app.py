@@ -1,6 +1,6 @@
 """The application: the hot path to its endpoint, everything else to FastAPI, behind one listener."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 from engines.base import JSONObject
 from engines.openai.errors import error_body
-from engines.openai.routes import HANDED_OFF, PASSED_ON
+from engines.openai.routes import HANDED_OFF, PASSED_ON, REFUSED
 from engines.topology import Topology
 
 from ..downstream.asgi import ASGIHandler
@@ -22,8 +22,10 @@ from ..nodes.topology import Stamp
 from ..settings import ProxySettings
 from .assembly import Components, limits_of
 from .board import Board
+from .cors import CrossOrigin
 from .guard import guarded
-from .information import add_routes
+from .information import STATES, add_routes
+from .stored import add_stored_routes
 
 
 def make_app(
@@ -47,9 +49,12 @@ def make_app(
     app = FastAPI(title="pd-proxy", lifespan=lifespan, redirect_slashes=False)
     app.add_exception_handler(HTTPException, _http_error)
     add_routes(app, parts)
+    add_stored_routes(app, parts.stored, settings.decode_silence_timeout_s)
     app.openapi = lambda: _with_generation_routes(app)  # type: ignore[method-assign]
-    generation = dict.fromkeys((*HANDED_OFF, *PASSED_ON), parts.endpoint)
-    parts.serve(Service(generation, guarded(_Others(app, generation), parts.keys), limits_of(settings)))
+    cross_origin = CrossOrigin(settings)
+    generation = dict.fromkeys((*HANDED_OFF, *PASSED_ON), cross_origin.around(parts.endpoint))
+    others = cross_origin.around(guarded(_Others(app, generation), parts.keys))
+    parts.serve(Service(generation, others, limits_of(settings)))
     return app
 
 
@@ -60,6 +65,18 @@ class _Others(ASGIHandler):
         super().__init__(app)
         for path in generation:
             app.add_api_route(path, _wrong_method, methods=["GET", "PUT", "DELETE", "PATCH"], include_in_schema=False)
+        for path, reason in REFUSED.items():
+            app.add_api_route(path, _refused(reason), methods=_ALL_METHODS, include_in_schema=False)
+
+
+_ALL_METHODS = ["GET", "POST", "PUT", "DELETE", "PATCH"]
+
+
+def _refused(reason: str) -> Callable[[], Awaitable[None]]:
+    async def refuse() -> None:
+        raise HTTPException(404, f"this route is not served by pd-proxy: {reason}")
+
+    return refuse
 
 
 async def _wrong_method() -> None:
@@ -74,6 +91,20 @@ async def _http_error(_: Request, error: Exception) -> Response:
     return JSONResponse(body, error.status_code, error.headers)
 
 
+_ERROR: JSONObject = {
+    "description": "An error, in OpenAI's shape",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["error"],
+                "properties": {"error": {"type": "object", "required": ["message", "type", "code"]}},
+            }
+        }
+    },
+}
+
+
 def _with_generation_routes(app: FastAPI) -> JSONObject:
     """FastAPI's OpenAPI page, with the routes FastAPI does not see."""
     if app.openapi_schema is None:
@@ -83,5 +114,8 @@ def _with_generation_routes(app: FastAPI) -> JSONObject:
         for path in (*HANDED_OFF, *PASSED_ON):
             operation = {"summary": path, "requestBody": {"content": content, "required": True}, "responses": answer}
             schema["paths"][path] = {"post": operation}
+        for path, operations in schema["paths"].items():
+            for operation in operations.values():
+                operation["responses"]["default"] = {"description": "It says why"} if path in STATES else _ERROR
         app.openapi_schema = schema
     return app.openapi_schema

@@ -8,6 +8,7 @@ from functools import partial
 from engines.topology import Topology
 
 from ..downstream.service import ConnectionLimits, Service
+from ..exchange.canary import Canary
 from ..exchange.media import Media
 from ..exchange.memory import MemoryBudget
 from ..exchange.parsing import Parser
@@ -15,6 +16,7 @@ from ..exchange.plane import DataPlane
 from ..exchange.receive import Receiver
 from ..exchange.release import Releaser
 from ..exchange.retry import RetryBudget
+from ..exchange.stored import StoredResponses
 from ..metrics import Metrics
 from ..nodes import topology
 from ..nodes.clients import NodeClients
@@ -23,6 +25,7 @@ from ..nodes.pauses import Pauses
 from ..nodes.prober import Prober
 from ..nodes.topology import Stamp
 from ..nodes.transfer import TransferWatch
+from ..routing.prefill import PrefillRouter
 from ..settings import ProxySettings
 from ..upstream.client import Headers
 from . import admin, tls
@@ -34,7 +37,8 @@ from .sharing import Sharing
 from .shutdown import Shutdown
 from .supervision import Supervisor
 
-_RELEASES_AT_THE_END_S = 10.0
+_AT_THE_END_S = 10.0
+"""For what is on its way when the last client's answer is finished."""
 
 
 class Components:
@@ -46,7 +50,7 @@ class Components:
         self.board = board
         self._applied = applied
         limits = Limits(settings.max_node_in_flight, settings.max_node_waiting, settings.max_node_kv_usage)
-        self.fleet = Fleet(nodes, limits)
+        self.fleet = Fleet(nodes, limits, any_version=settings.any_version)
         self.keys = KeyRing(settings.api_keys, settings.api_keys_file)
         self.admission = Admission(settings, self.fleet.has_room)
         self.memory = MemoryBudget(settings.max_request_memory_bytes)
@@ -59,12 +63,21 @@ class Components:
         clients = NodeClients(self.fleet, settings.connect_timeout_s)
         json = (b"content-type", b"application/json")
         self.releaser = Releaser(self.fleet, clients, self.metrics, [json, *node_headers])
-        self.plane = DataPlane(settings, self.fleet, clients, self.metrics, self.releaser, RetryBudget())
+        self.stored = StoredResponses(self.fleet, clients, node_headers)
+        self.plane = DataPlane(
+            settings,
+            self.fleet,
+            clients,
+            self.metrics,
+            self.releaser,
+            RetryBudget(),
+            self.stored,
+            PrefillRouter(settings.prefill_policy, self.fleet, board.journal),
+        )
         self.endpoint = Endpoint(self.plane, self.keys, self.admission, self.receiver, self.memory, node_headers)
         self.prober = Prober(settings, self.fleet, self.watch, node_headers, self.pauses, self._after_a_probe)
-        self.sharing = Sharing(
-            board, self.metrics, self.fleet, self.watch, self.prober, self._update_gauges, self.admission.let_in
-        )
+        self.sharing = Sharing(board, self.metrics, self.fleet, self.watch, self._update_gauges, self.admission.let_in)
+        self.canary = Canary(self.plane, node_headers, self._is_closing, self.sharing.publish)
         self.service: Service | None = None
         self.shutdown = Shutdown(settings)
 
@@ -81,7 +94,8 @@ class Components:
             async with self.supervisor.running():
                 with self.shutdown.announced():
                     yield
-                await self.releaser.close(within_s=min(self.shutdown.grace_left_s, _RELEASES_AT_THE_END_S))
+                await self.canary.close(within_s=min(self.shutdown.grace_left_s, _AT_THE_END_S))
+                await self.releaser.close(within_s=min(self.shutdown.grace_left_s, _AT_THE_END_S))
         finally:
             await self.prober.close()
             await self.receiver.close()
@@ -90,7 +104,9 @@ class Components:
 
     def _add_tasks(self) -> None:
         settings, add = self.settings, self.supervisor.add
-        add("prober", self.sharing.probe)
+        add("prober", partial(self.sharing.lead, self.prober.run))
+        if settings.canary_interval_s:
+            add("KV canary", partial(self.sharing.lead, self.canary.run))
         add("event loop", partial(self.pauses.run, self._observe_loop))
         if self.service is not None:
             add("clients' connections", self.service.watch)
@@ -105,6 +121,9 @@ class Components:
             add("certificate", partial(tls.follow, settings.tls_certificate, settings.tls_key))
         if settings.admin_port and settings.topology_file and settings.admin_key:
             add("admin", partial(admin.serve, settings))
+
+    def _is_closing(self) -> bool:
+        return self.service is not None and self.service.is_closing
 
     def _observe_loop(self, late_s: float) -> None:
         self.metrics.loop_lag_seconds.observe(late_s)

@@ -9,6 +9,7 @@ import math
 import re
 import time
 from collections.abc import Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import orjson
@@ -28,7 +29,8 @@ from ..errors import (
     ShuttingDownError,
     UnsupportedEncodingError,
 )
-from ..exchange.exchange import Exchange
+from ..exchange.fanout import exchange_for
+from ..exchange.keepalive import KeptAlive
 from ..exchange.memory import MemoryBudget, Reservation
 from ..exchange.plane import DataPlane, Request
 from ..exchange.presence import Presence
@@ -37,7 +39,7 @@ from ..exchange.record import Record
 from ..upstream.client import Headers
 from . import logs
 from .admission import Admission
-from .guard import MESSAGE
+from .guard import MESSAGE, keys_in
 from .keys import KeyRing
 
 logger = logging.getLogger("pd_proxy")
@@ -84,8 +86,7 @@ class Endpoint:
         """Refuse it at once, or return what answers it."""
         record = Record(_request_id(request.header(b"x-request-id")), request.path)
         try:
-            authorization = request.header(b"authorization")
-            name = self._keys.name_of(authorization) if self._keys.is_needed else ""
+            name = self._keys.name_of(*keys_in(request)) if self._keys.is_needed else ""
             if name is None:
                 raise UnauthorizedError
             record.key_name = name
@@ -151,9 +152,19 @@ class Endpoint:
             record.admitted = time.perf_counter()
             with self._memory.reservation() as memory:
                 request = await self._read(client, record, memory)
-                await Exchange(self._plane, request, client, presence, record).run()
+                with self._kept_alive(client, request, record) as answered:
+                    await exchange_for(self._plane, request, answered, presence, record).run()
         finally:
             self._admission.leave()
+
+    def _kept_alive(
+        self, client: ClientRequest, request: Request, record: Record
+    ) -> AbstractContextManager[ClientRequest | KeptAlive]:
+        """Where the answer goes; of a stream, with comments until it begins, if that is wanted."""
+        every_s = self._settings.sse_keep_alive_s
+        if not every_s or request.asked.body.get("stream") is not True or client.is_1_0:
+            return nullcontext(client)
+        return KeptAlive(client, client.path, every_s, [(b"x-request-id", record.request_id.encode("latin-1"))])
 
     async def _read(self, client: ClientRequest, record: Record, memory: Reservation) -> Request:
         raw = await client.body(self._settings.max_body_bytes, memory)

@@ -86,7 +86,18 @@ class _Nodes(Collector):
         yield usable
         yield in_flight
         yield breaker
+        yield self._fenced()
         yield from self._transfers()
+
+    def _fenced(self) -> Metric:
+        fenced = GaugeMetricFamily(
+            "pd_pair_fenced", "1 when the KV canary's answers differ: no hand-offs.", labels=["prefill", "decode"]
+        )
+        for (prefill, decode), _ in self._fleet.pairs:
+            fenced.add_metric(
+                [prefill.spec.name, decode.spec.name], float(self._fleet.pairs.is_fenced(prefill, decode))
+            )
+        return fenced
 
     def _transfers(self) -> Iterable[Metric]:
         handed = CounterMetricFamily(

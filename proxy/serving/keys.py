@@ -10,7 +10,7 @@ from ..nodes.topology import stamp_of
 
 logger = logging.getLogger("pd_proxy.keys")
 
-OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/ping", "/metrics"})
 """What a load balancer and a Prometheus ask, by exact path; everything else needs a key when there are keys."""
 
 _LOOK_EVERY_S = 1.0
@@ -34,10 +34,15 @@ class KeyRing:
         self._names = self._fixed | (_read(file) if file is not None else {})
         self.is_needed = bool(self._names)
 
-    def name_of(self, authorization: bytes | None) -> str | None:
-        """The name of the key in an Authorization header; None when there is none that is known."""
+    def name_of(self, authorization: bytes | None, api_key: bytes | None = None) -> str | None:
+        """The name of the key in an Authorization header, or in Anthropic's own, `x-api-key`; None when neither is
+        known. Some clients send both, with something else in one of them.
+        """
         scheme, _, key = (authorization or b"").partition(b" ")
-        return self._names.get(_digest(key.strip())) if scheme.lower() == b"bearer" else None
+        name = self._names.get(_digest(key.strip())) if scheme.lower() == b"bearer" else None
+        if name is None and api_key is not None:
+            name = self._names.get(_digest(api_key.strip()))
+        return name
 
     async def follow(self) -> None:
         """Take in every change of the file, for ever. One that cannot be used changes nothing."""

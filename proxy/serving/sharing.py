@@ -5,14 +5,15 @@ One worker probes for all. When it dies another one does.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from engines.base import Gauges, JSONObject, NodeFacts, Rank
 
 from ..metrics import Metrics
 from ..nodes.fleet import Fleet
 from ..nodes.node import Node, Share
-from ..nodes.prober import Prober
+from ..nodes.pairs import Verdict
 from ..nodes.transfer import TransferWatch
 from .board import Board
 
@@ -31,7 +32,6 @@ class Sharing:
         metrics: Metrics,
         fleet: Fleet,
         watch: TransferWatch,
-        prober: Prober,
         before: Callable[[], object],
         after: Callable[[], object],
     ) -> None:
@@ -40,7 +40,6 @@ class Sharing:
         self._metrics = metrics
         self._fleet = fleet
         self._watch = watch
-        self._prober = prober
         self._before = before
         self._after = after
         self._adopted_at = 0.0
@@ -53,12 +52,12 @@ class Sharing:
             self.share()
             await asyncio.sleep(_SHARE_EVERY_S)
 
-    async def probe(self) -> None:
-        """Probe for ever, or follow the worker that does."""
+    async def lead(self, run: Callable[[], Awaitable[None]]) -> None:
+        """Run what one worker does for all, once this is the one; until then follow the one that is."""
         while not self._board.lead():
             self._adopt_findings()
             await asyncio.sleep(_TRY_TO_LEAD_EVERY_S)
-        await self._prober.run()
+        await run()
 
     def share(self) -> None:
         """Tell the others this worker's figures, and read theirs.
@@ -75,10 +74,15 @@ class Sharing:
         self._after()
 
     def publish(self) -> None:
-        """What the probes found, to the workers that do not probe; called after every probe here."""
+        """What probes and canary found, to the workers that do not ask; called after every finding here."""
         if self._board.is_shared and self._board.lead():
+            nodes = {node.spec.name: self._finding(node) for node in self._fleet}
+            pairs = [
+                [prefill.spec.url, decode.spec.url, verdict.outcome, verdict.problem, verdict.lives]
+                for (prefill, decode), verdict in self._fleet.pairs
+            ]
             try:
-                self._board.write_findings({node.spec.name: self._finding(node) for node in self._fleet})
+                self._board.write_findings({"nodes": nodes, "pairs": pairs})
             except ValueError as exc:  # probing goes on
                 logger.warning("the other workers are not told what the probes found: %s", exc)
 
@@ -105,6 +109,9 @@ class Sharing:
             "ranks": [[rank.number, rank.engine_id, rank.of] for rank in node.ranks],
             "models": node.models,
             "version": node.version,
+            "layout": dict(node.layout),
+            "cache_tokens": node.cache_tokens,
+            "life": node.life,
             "gauges": [
                 gauges.running, gauges.waiting, gauges.kv_usage, gauges.transferred, gauges.computed, gauges.cached,
                 gauges.generated,
@@ -118,13 +125,15 @@ class Sharing:
         found = self._board.findings()
         if found is None or found[0] <= self._adopted_at:
             return
-        self._adopted_at, nodes = found
+        self._adopted_at, findings = found
+        nodes = findings["nodes"]
         for node in self._fleet:
             finding = nodes.get(node.spec.name)
             if finding is None or finding["url"] != node.spec.url:
                 continue
             if max(node.failed_at, node.probed_at) < finding["probed_at"]:  # what is known here may be newer
                 self._adopt(node, finding)
+        self._adopt_pairs(findings["pairs"])
         self._fleet.compare()
         self._fleet.saw_usable()
         self._after()
@@ -135,5 +144,17 @@ class Sharing:
             node.failed(finding["problem"])
             return
         ranks = tuple(Rank(*rank) for rank in finding["ranks"])
-        node.ready(ranks, NodeFacts(tuple(finding["models"]), Gauges(*finding["gauges"]), finding["version"]))
+        gauges = Gauges(*finding["gauges"])
+        models, version, layout = tuple(finding["models"]), finding["version"], finding["layout"]
+        node.ready(ranks, NodeFacts(models, gauges, version, layout, finding["cache_tokens"]))
+        node.life = finding["life"]
         self._watch.adopt(node, finding["verdict"], finding["arrived"])
+
+    def _adopt_pairs(self, found: list[list[Any]]) -> None:
+        """By the addresses of their nodes: a name may be another node's by now."""
+        nodes = {node.spec.url: node for node in self._fleet}
+        self._fleet.pairs.adopt(
+            ((nodes[prefill], nodes[decode]), Verdict(outcome, problem, tuple(lives)))
+            for prefill, decode, outcome, problem, lives in found
+            if prefill in nodes and decode in nodes
+        )

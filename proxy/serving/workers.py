@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import resource
+import secrets
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -55,6 +56,9 @@ def told(settings: ProxySettings) -> Iterator[None]:
             if settings.topology_file is not None:
                 topology.write(folder / _LAST_GOOD, topology.read(settings.topology_file)[0])
             os.environ[_FOLDER] = name
+            os.environ["PYTHONHASHSEED"] = str(
+                1 + secrets.randbelow(2**32 - 1)
+            )  # their keys of prompts must be the same ones
             yield
     finally:
         file.unlink()

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from ..errors import ClientStalledError, NodeBrokeOffError, NodeError, NodeTimeoutError, NodeUnreachableError
-from .deadline import Deadline
+from .deadline import NEVER, Deadline
 
 _HIGH_WATER: Final = 256 * 1024
 _MOST_HEADER_BYTES: Final = 64 * 1024
@@ -213,6 +213,11 @@ class Answer:
             await self._connection.pipe(sink, self._loaded)
             self._connection = None
         self._loaded = b""
+
+    def hold(self) -> None:
+        """Nobody reads on for now: that is no lateness of the node's. The next `chunk` brings a deadline."""
+        if self._connection is not None:
+            self._connection.deadline = NEVER
 
     def pause(self) -> None:
         if self._connection is not None:

@@ -16,10 +16,10 @@ import pytest
 
 from tests.gate import Gate, What
 from tests.launched import Up
-from tests.processes import Proxy, http, proxy_in_front_of, wait_until
+from tests.processes import Proxy, http, metric, proxy_in_front_of, wait_until
 
 from .conftest import trio
-from .test_survival import Kill, kill_api_server, kill_engine_core
+from .test_survival import Kill, kill_api_server, kill_engine_core, stop_all_of_it
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -116,5 +116,33 @@ def test_whoever_dies_the_answer_is_the_same(real_trio: Up, gated: Gated, stage:
     asking.join()
     assert answers == [expected]
     wait_until(lambda: real_trio.output.count(f"{name} is ready again.") > restarts, f"{name} to come back", PATIENCE_S)
+    gated.proxy.until_at_rest()
+    wait_until(lambda: real_trio.kv_in_use() == 0, "all KV to be free", PATIENCE_S)
+
+
+def test_a_prefill_node_that_dies_while_it_sends_kv_costs_no_answer(real_trio: Up, gated: Gated) -> None:
+    """The decode node is not told, and keeps its blocks for the transfer timeout and a minute."""
+    real_trio.until_well()
+    gated.proxy.until_usable(len(gated.gates))
+    prompt = "What has been sent for is on its way, or so one thinks. " * 6
+    expected = ask(real_trio.nodes("prefill")[0], prompt, stream=False)
+    gates = gated.of("decode")
+    for gate in gates.values():
+        gate.shut("request", ROUTE)
+    answers: list[str] = []
+    asking = threading.Thread(target=lambda: answers.append(ask(gated.proxy.url, prompt, stream=True)))
+    asking.start()
+    wait_until(lambda: any(gate.holds.is_set() for gate in gates.values()), "the request to come there", PATIENCE_S)
+    restarts = real_trio.output.count("prefill-0 is ready again.")
+    victim = real_trio.child("prefill-0")
+    stop_all_of_it(victim)
+    for gate in gates.values():
+        gate.open()
+    wait_until(lambda: any(metric(url, "vllm:kv_cache_usage_perc") for url in real_trio.nodes("decode")), "a pull")
+    victim.kill()
+    asking.join()
+    assert answers == [expected]
+    again = "prefill-0 to come back"
+    wait_until(lambda: real_trio.output.count("prefill-0 is ready again.") > restarts, again, PATIENCE_S)
     gated.proxy.until_at_rest()
     wait_until(lambda: real_trio.kv_in_use() == 0, "all KV to be free", PATIENCE_S)

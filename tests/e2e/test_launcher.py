@@ -2,17 +2,18 @@
 
 import json
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher.config import load
-from launcher.facts import gather
-from launcher.plan import make_plan
-from launcher.setup import EngineEnvironment
+from launcher.hosts.local.facts import gather
+from launcher.plan.config import load
+from launcher.plan.facts import EngineFacts
+from launcher.plan.planner import make_plan
+from launcher.setup.install import EngineEnvironment
 from tests.launched import own_ports, run_to_end, up
+from tests.machines import machine
 from tests.processes import ROOT
 
 pytestmark = pytest.mark.timeout(1200)
@@ -32,13 +33,18 @@ for arguments in json.load(sys.stdin):
 def test_every_command_line_a_plan_has_is_accepted_by_the_engines_own_parser() -> None:
     connectors = ("MooncakeConnector", "MooncakeStoreConnector", "MultiConnector")
     wanted: list[dict[str, Any]] = [
-        {"model": "tiny", "max_model_len": 512, "args": ["--max-num-seqs", "8"]},
+        {"model": "tiny", "max_model_len": 512, "args": ["--max-num-seqs", "8"], "served_model_name": "a,b"},
         {"model": "Qwen/Qwen3-8B", "device": "cuda", "devices": "0,1", "transfer_protocol": "rdma"},
-        {"model": "Qwen/Qwen3-8B", "device": "cuda", "devices": "0,1,2,3", "decode_args": ["--kv-cache-dtype", "fp8"]},
-    ]
-    facts = replace(gather("cpu"), has_rdma=True)
+        {"model": "Qwen/Qwen3-8B", "device": "cuda", "devices": "0,1,2,3", "decode_args": ["--max-num-seqs", "256"]},
+        {"model": "Qwen/Qwen3-8B", "device": "cuda", "tensor_parallel": "2", "data_parallel": "2",
+         "pipeline_parallel": "2", "rdma_devices": ["mlx5_0,mlx5_1"], "prefill_args": ["--numa-bind"]},
+    ]  # fmt: skip
+    machines = {"cpu": gather(load({"model": "tiny"})), "cuda": machine("8xh100-8hca", gpus=(), engine=EngineFacts(
+        python=str(EngineEnvironment.of("cpu").python)))}  # fmt: skip
     plans = [
-        make_plan(load(flags | {"connector": connector}, None), facts) for connector in connectors for flags in wanted
+        make_plan(load(flags | {"connector": connector}), machines[flags.get("device", "cpu")])
+        for connector in connectors
+        for flags in wanted
     ]
     commands = [node.command[node.command.index("--model") :] for plan in plans for node in plan.nodes]
     result = subprocess.run(
@@ -48,11 +54,11 @@ def test_every_command_line_a_plan_has_is_accepted_by_the_engines_own_parser() -
     assert result.returncode == 0, result.stderr[-3000:]
     parsed = [json.loads(line.removeprefix("PARSED ")) for line in result.stdout.splitlines() if "PARSED" in line]
     assert [role for _, role, _, _ in parsed] == ["kv_producer", "kv_consumer"] * len(plans)
-    assert [workers for _, _, workers, _ in parsed] == [1, 1, 1, 1, 2, 2] * 3
+    assert [workers for _, _, workers, _ in parsed] == [1, 1, 1, 1, 2, 2, 2, 2] * 3
     names = [
         name
         for connector in connectors
-        for name in [connector if connector == "MultiConnector" else f"Cpu{connector}"] * 2 + [connector] * 4
+        for name in [connector if connector == "MultiConnector" else f"Cpu{connector}"] * 2 + [connector] * 6
     ]
     assert [name for name, _, _, _ in parsed] == names
 

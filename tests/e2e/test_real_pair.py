@@ -5,11 +5,15 @@ import subprocess
 import sys
 from typing import Any
 
+import openai
 import pytest
 
-from launcher.setup import EngineEnvironment, tiny_model_path
+from engines.openai.routes import HANDED_OFF, PASSED_ON, REFUSED
+from launcher.setup.environments import tiny_model_path
+from launcher.setup.install import EngineEnvironment
 from tests.launched import Up
 from tests.processes import ROOT, http, metric, openai_client, wait_until
+from tests.reference import OWN
 
 pytestmark = pytest.mark.timeout(1200)  # the first test waits for the engines to start
 
@@ -71,7 +75,7 @@ def test_a_prompt_is_moved_whole_every_time_and_never_taken_from_the_decode_node
 
 def test_up_has_shown_an_answer_and_how_much_kv_moved(real_pair: Up) -> None:
     assert "answered" in real_pair.output
-    assert "prompt tokens went from prefill to decode" in real_pair.output
+    assert "prompt tokens, counted by the decode node" in real_pair.output
 
 
 def test_eos_as_the_first_token_ends_the_answer_and_hangs_nothing(real_pair: Up) -> None:
@@ -96,12 +100,12 @@ def test_what_the_engine_refuses_reaches_the_client_in_the_engines_words(
     assert answers[0].json() == answers[1].json()
 
 
-def test_several_choices_are_answered_by_one_node_and_leave_no_kv_behind(real_pair: Up) -> None:
+def test_several_prompts_are_handed_over_one_by_one_and_leave_no_kv_behind(real_pair: Up) -> None:
     with openai_client(real_pair.url) as client:
         answer = client.completions.with_raw_response.create(
             model="tiny", prompt=["first prompt", "second prompt"], max_tokens=4, temperature=0
         )
-    assert answer.headers["x-pd-path"] == "aggregated; reason=prompt-list"
+    assert answer.headers["x-pd-path"] == "disaggregated"
     assert [choice.index for choice in answer.parse().choices] == [0, 1]
     wait_until(lambda: real_pair.kv_in_use() == 0, "all KV to be free")
 
@@ -176,6 +180,39 @@ def test_the_curl_example_runs(real_pair: Up) -> None:
     assert "data: [DONE]" in result.stdout
 
 
+def test_a_stored_response_is_told_continued_and_one_in_the_background_followed_and_cancelled(real_pair: Up) -> None:
+    with openai_client(real_pair.url) as client:
+        first = client.responses.create(model="tiny", input=PROMPT, max_output_tokens=8, temperature=0)
+        assert client.responses.retrieve(first.id).output_text == first.output_text
+        second = client.responses.create(
+            model="tiny", input="and then?", previous_response_id=first.id, max_output_tokens=8, temperature=0
+        )
+        assert second.usage is not None
+        assert first.usage is not None
+        assert second.usage.input_tokens > first.usage.input_tokens, "the conversation is in its prompt"
+        running = client.responses.create(model="tiny", input=PROMPT, max_output_tokens=8, background=True)
+        wait_until(lambda: client.responses.retrieve(running.id).status in ("completed", "incomplete"), "its end")
+        kinds = [event.type for event in client.responses.retrieve(_streamed(client), stream=True)]
+        assert kinds[0] == "response.created"
+        assert kinds[-1] in ("response.completed", "response.incomplete")
+        endless = {"ignore_eos": True}  # else it may have ended before it is cancelled
+        long = client.responses.create(
+            model="tiny", input=PROMPT, max_output_tokens=1000, background=True, extra_body=endless
+        )
+        assert client.responses.cancel(long.id).status == "cancelled"
+        with pytest.raises(openai.NotFoundError, match="Response with id 'resp_none' not found"):
+            client.responses.retrieve("resp_none")
+    wait_until(lambda: real_pair.kv_in_use() == 0, "all KV to be free")
+
+
+def _streamed(client: openai.OpenAI) -> str:
+    """The id of a response that is made as a stream, in the background."""
+    with client.responses.create(
+        model="tiny", input=PROMPT, max_output_tokens=8, background=True, stream=True
+    ) as events:
+        return next(event.response.id for event in events if event.type == "response.created")
+
+
 def test_the_openai_client_example_runs(real_pair: Up) -> None:
     program = [sys.executable, str(ROOT / "examples" / "openai_client.py"), f"{real_pair.url}/v1"]
     result = subprocess.run(program, capture_output=True, text=True, check=False, timeout=120)
@@ -187,3 +224,9 @@ def test_the_real_nodes_are_healthy_and_hold_nothing_in_the_end(real_pair: Up) -
     assert health["status"] == "ok"
     assert [node["in_flight"] for node in health["nodes"]] == [0, 0]
     wait_until(lambda: real_pair.kv_in_use() == 0, "all KV to be free")
+
+
+def test_every_route_of_the_engine_is_served_passed_on_or_refused_with_a_reason(real_pair: Up) -> None:
+    engine = http.get(f"{real_pair.nodes('decode')[0]}/openapi.json").json()["paths"]
+    known = {*HANDED_OFF, *PASSED_ON, *REFUSED, *OWN}
+    assert engine.keys() - known == set()

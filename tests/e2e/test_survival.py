@@ -14,6 +14,8 @@ import pytest
 from tests.launched import RESTART_PATIENCE_S, Up
 from tests.processes import http, metric, openai_client, wait_until
 
+from .conftest import TRIO_TRANSFER_S
+
 pytestmark = pytest.mark.timeout(1200)
 
 PROMPT = "When a node dies in the middle of an answer, somebody must go on with it. " * 4
@@ -60,6 +62,16 @@ def text_of(chunk: Any) -> str:
     return (choice.text if hasattr(choice, "text") else choice.delta.content) or ""
 
 
+def test_a_stream_that_the_engine_refuses_after_it_has_begun_leaves_no_kv_behind(real_trio: Up) -> None:
+    """VLLM begins a stream of responses before its engine has the request; what that refuses breaks the connection."""
+    body = {"model": "tiny", "input": PROMPT, "stream": True, "logit_bias": {"99999999": 1}}
+    answer = http.post(f"{real_trio.url}/v1/responses", json=body, timeout=120)
+    assert answer.status_code == 502
+    assert metric(real_trio.url, "pd_hand_offs_total", outcome="unknown") == 0
+    wait_until(lambda: real_trio.kv_in_use() == 0, "all KV to be free")
+    real_trio.until_well()
+
+
 @pytest.mark.parametrize(
     ("route", "kill"),
     [("completions", kill_engine_core), ("chat", stop_all_of_it)],
@@ -79,7 +91,8 @@ def test_a_stream_outlives_its_decode_node_and_says_the_same(real_trio: Up, rout
             chunks += list(broken)
         finally:
             wake(victim)
-    assert metric(real_trio.url, "pd_resumed_total", outcome="done") == resumed + 1
+    counted = "the resume to be counted, which is after the client has its last byte"
+    wait_until(lambda: metric(real_trio.url, "pd_resumed_total", outcome="done") == resumed + 1, counted)
     assert "".join(map(text_of, chunks)) == "".join(map(text_of, undisturbed))
     assert chunks[-1].usage.completion_tokens == TOKENS
     assert chunks[-1].usage.prompt_tokens == undisturbed[-1].usage.prompt_tokens
@@ -90,6 +103,7 @@ def test_a_stream_outlives_its_decode_node_and_says_the_same(real_trio: Up, rout
 
 def test_requests_are_answered_while_the_prefill_node_dies_and_comes_back_with_a_new_identity(real_trio: Up) -> None:
     real_trio.until_well()
+    unknown = metric(real_trio.url, "pd_hand_offs_total", outcome="unknown")
     statuses: list[tuple[int, str]] = []
     enough = threading.Event()
 
@@ -117,4 +131,5 @@ def test_requests_are_answered_while_the_prefill_node_dies_and_comes_back_with_a
     assert {status for status, _ in statuses} == {200}
     assert statuses[0][1] == statuses[-1][1] == "disaggregated"
     assert any(path.startswith("aggregated") for _, path in statuses)
-    wait_until(lambda: real_trio.kv_in_use() == 0, "all KV to be free", 120)
+    assert metric(real_trio.url, "pd_hand_offs_total", outcome="unknown") <= unknown + 1, "of the request it died under"
+    wait_until(lambda: real_trio.kv_in_use() == 0, "all KV to be free", TRIO_TRANSFER_S + 120)

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from engines.symptoms.catalogue import Symptom, catalogue
-from launcher.setup import EngineEnvironment
+from launcher.setup.install import EngineEnvironment
 
 IN_PIECES = re.compile(r"""["']\s*\n\s*[fr]?["']""")
 """Where a string goes on in the next line."""

@@ -113,8 +113,8 @@ def test_eos_as_the_first_token_ends_the_answer_and_hangs_nothing(prefill: Sim, 
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"prompt": ["one", "two"]}, "prompt-list"),
-        ({"n": 2, "temperature": 1, "seed": 3}, "many-choices"),
+        ({"prompt": ["one", "two"], "use_beam_search": True}, "prompt-list"),
+        ({"best_of": 2, "temperature": 1, "seed": 3}, "many-choices"),
         ({"prompt_logprobs": 1}, "prompt-logprobs"),
     ],
 )
@@ -357,6 +357,16 @@ def test_no_client_can_make_new_series(proxy: Proxy) -> None:
 def test_the_openapi_page_has_the_generation_routes(proxy: Proxy) -> None:
     paths = http.get(f"{proxy.url}/openapi.json").json()["paths"]
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics"} <= paths.keys()
+
+
+def test_the_openapi_page_says_what_an_error_looks_like(proxy: Proxy) -> None:
+    paths = http.get(f"{proxy.url}/openapi.json").json()["paths"]
+    error = paths["/tokenize"]["post"]["responses"]["default"]["content"]["application/json"]["schema"]
+    answer = http.post(f"{proxy.url}/v1/completions", json={"model": "no such model", "prompt": "x"})
+    assert answer.status_code == 404
+    assert set(error["required"]) <= answer.json().keys()
+    assert set(error["properties"]["error"]["required"]) <= answer.json()["error"].keys()
+    assert "content" not in paths["/health"]["get"]["responses"]["default"]
 
 
 def test_no_node_address_is_in_any_answer(prefill: Sim, decode: Sim, proxy: Proxy) -> None:

@@ -71,6 +71,15 @@ def test_a_chat_answer() -> None:
     assert choice["logprobs"] == {"content": [1, 2]}
 
 
+def test_a_chat_answer_that_is_all_reasoning_has_no_content() -> None:
+    """As one node puts it; its stream begins with an empty one."""
+    raw = stream(
+        delta(delta={"role": "assistant", "content": ""}), delta(delta={"reasoning": "well"}, finish_reason="length")
+    )
+    message = collected(raw, chat=True)["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("well", None)
+
+
 def test_tool_calls_come_in_pieces() -> None:
     raw = stream(
         delta(delta={"role": "assistant", "content": None}),

@@ -82,3 +82,17 @@ def test_what_came_before_an_error_is_whole() -> None:
     whole = b'data: {"a":1}\n\ndata: {"error":{}}\n\ndata: [DONE]\n\n'
     assert OPENAI_EVENTS.before_error(whole) == b'data: {"a":1}\n\n'
     assert OPENAI_EVENTS.before_error(b'data: {"error":{}}\n\n') == b""
+
+
+@pytest.mark.parametrize(
+    ("whole", "has_begun"),
+    [
+        (b"", False),
+        (b": a comment\n\n", False),
+        (b"event: response.created\ndata: {}\n\nevent: response.in_progress\ndata: {}\n\n", False),
+        (b"event: response.created\ndata: {}\n\nevent: response.output_item.added\ndata: {}\n\n", True),
+        (b"event: response.failed\ndata: {}\n\n", True),
+    ],
+)
+def test_a_stream_of_responses_has_begun_when_its_engine_has_the_request(whole: bytes, *, has_begun: bool) -> None:
+    assert RESPONSES_EVENTS.has_begun(whole) is has_begun

@@ -56,6 +56,17 @@ def test_what_a_node_says_while_it_is_stopped_is_no_failure_and_what_its_next_li
     assert ids(gone) == ["master-rpc-port-silent"]
 
 
+def test_the_configuration_that_an_engine_tells_when_it_dies_is_no_failure() -> None:
+    dump = (
+        "(EngineCore pid=7) ERROR 11-26 22:45:12 [dump_input.py:72] Dumping input data for V1 LLM engine with "
+        "config: model='/m', tokenizer='/m', trust_remote_code=False, load_format=auto, kv_load_failure_policy='fail'"
+    )
+    death = "(Worker pid=8) ERROR 11-26 22:45:12 [multiproc_executor.py:1063] AssertionError: CPU GDN requires BF16."
+    (one,) = found(death, dump)
+    assert one.text == death
+    assert ids("ValueError: Please pass the argument `trust_remote_code=True` to allow custom code") == ["remote-code"]
+
+
 def test_one_log_of_several_nodes_is_read_as_theirs() -> None:
     told = found(f"prefill-0  | {STOP}", f"prefill-0  | {DEAD}", f"decode-0   | {DEAD}")
     assert [one.log for one in told] == ["node: decode-0"]
@@ -80,6 +91,20 @@ def test_one_requests_exception_is_not_taken_for_the_nodes_end() -> None:
         "ERROR:    Exception in ASGI application", "Traceback (most recent call last):", "  x", "ValueError: odd"
     )
     assert [(one.meaning.id, one.is_grave) for one in told] == [("asgi-exception", True), ("unknown-error", False)]
+
+
+def test_an_exception_that_came_of_one_requests_is_that_requests_too() -> None:
+    """As a real node tells it when a stream is refused after its beginning."""
+    told = found(
+        "ERROR:    Exception in ASGI application", "Traceback (most recent call last):", "  x", "OddError: odd", "",
+        "The above exception was the direct cause of the following exception:", "",
+        "Traceback (most recent call last):", "  y",
+        "RuntimeError: Caught handled exception, but response already started.", "Traceback (most recent call last):",
+        "  z", "KeyError: of the engine",
+    )  # fmt: skip
+    assert [(one.meaning.id, one.is_grave) for one in told] == [
+        ("asgi-exception", True), ("unknown-error", False), ("unknown-error", False), ("unknown-error", True),
+    ]  # fmt: skip
 
 
 def test_what_a_client_did_wrong_is_no_failure_of_the_node() -> None:

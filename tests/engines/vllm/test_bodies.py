@@ -115,6 +115,12 @@ def test_a_prefill_that_ended_by_length_holds_its_kv() -> None:
     assert (held.prompt_tokens, held.cached_tokens) == (7, 4)
 
 
+def test_tokens_of_a_message_that_were_read_from_the_cache_are_tokens_of_the_prompt() -> None:
+    usage = {"input_tokens": 3, "cache_read_input_tokens": 4, "output_tokens": 1}
+    held = bodies.prefilled(MESSAGES, orjson.dumps({"stop_reason": "max_tokens", "usage": usage}))
+    assert (held.prompt_tokens, held.cached_tokens) == (7, 4)
+
+
 def test_a_prefill_that_does_not_tell_cached_tokens_is_no_error() -> None:
     told = b'{"choices":[{"finish_reason":"length"}],"usage":{"prompt_tokens":7,"prompt_tokens_details":null}}'
     assert bodies.prefilled(COMPLETIONS, told).cached_tokens is None

@@ -4,8 +4,10 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engines.base import Role
+from engines.base import Parallel, Role
 from engines.vllm import command, metrics
 
 
@@ -13,7 +15,7 @@ def launch(**changes: Any) -> command.Launch:
     settings: dict[str, Any] = {
         "role": Role.PREFILL,
         "model": "/models/m",
-        "served_model_name": "m",
+        "served_names": ("m",),
         "host": "127.0.0.1",
         "port": 8100,
         "device": "cuda",
@@ -33,9 +35,50 @@ def test_a_gpu_node_gets_its_device_and_no_cpu_settings() -> None:
     assert "--enforce-eager" not in command.arguments(node)
 
 
-def test_several_devices_are_tensor_parallelism() -> None:
-    args = command.arguments(launch(devices=("0", "1")))
+def test_sizes_that_are_not_1_are_told() -> None:
+    args = command.arguments(launch(parallel=Parallel(tensor=2, data=4)))
     assert args[args.index("--tensor-parallel-size") + 1] == "2"
+    assert args[args.index("--data-parallel-size") + 1] == "4"
+    assert "--pipeline-parallel-size" not in args
+
+
+def test_gloo_talks_over_the_interface_of_the_nodes_address() -> None:
+    assert command.environment(launch(interface="eth1"))["GLOO_SOCKET_IFNAME"] == "eth1"
+    assert "GLOO_SOCKET_IFNAME" not in command.environment(launch())
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("--max-model-len=8", "--max-model-len"),
+        ("--max_model_len", "--max-model-len"),
+        ("--kv-transfer-config.kv_role=x", "--kv-transfer-config"),
+        ("-tp", "--tensor-parallel-size"),
+        ("8", ""),
+        ("", ""),
+    ],
+)
+def test_a_flag_is_read_as_vllms_parser_reads_it(word: str, name: str) -> None:
+    assert command.flag_name(word) == name
+
+
+def test_a_command_line_is_flags_with_their_values() -> None:
+    words = ["--dtype", "half", "--enforce-eager", "--seed=1", "stray", "--dtype=float", "-sc", "{}"]
+    assert command.given(words) == {
+        "--dtype": "float", "--enforce-eager": "", "--seed": "1", "--speculative-config": "{}",
+    }  # fmt: skip
+
+
+@given(st.lists(st.text(max_size=12), max_size=8))
+def test_no_words_are_too_odd_to_be_read(words: list[str]) -> None:
+    assert set(command.owned(words).values()) <= set(command.OWNED_FLAGS.values())
+    assert all(name.startswith("-") for name in command.given(words))
+
+
+@given(st.sampled_from(sorted(command.OWNED_FLAGS)), st.sampled_from(["", "=x", ".x", ".x=y"]), st.booleans())
+def test_a_flag_of_the_plan_is_found_however_it_is_spelt(flag: str, behind: str, underscored: bool) -> None:
+    word = flag[:2] + flag[2:].replace("-", "_") if underscored else flag
+    assert list(command.owned(["--seed", "1", word + behind])) == [(word + behind).partition("=")[0]]
 
 
 def test_the_users_own_flags_come_last_and_so_win() -> None:
@@ -83,3 +126,32 @@ def test_a_node_that_has_not_counted_yet_has_transferred_nothing() -> None:
 def test_what_is_no_list_of_models_is_refused(answer: Any) -> None:
     with pytest.raises(ValueError, match="models"):
         metrics.model_cards(answer)
+
+
+def test_of_the_caches_configuration_only_what_must_be_equal_is_told() -> None:
+    text = (
+        "# TYPE vllm:cache_config_info gauge\n"
+        'vllm:cache_config_info{block_size="128",cache_dtype="auto",engine="0",kv_cache_layout="a \\"b\\"",'
+        'num_gpu_blocks="2048"} 1.0\n'
+    )
+    config = metrics.cache_config(text)
+    layout = {"block_size": "128", "cache_dtype": "auto", "kv_cache_layout": 'a \\"b\\"'}
+    assert metrics.cache_layout(config) == layout
+    assert metrics.cache_tokens(config) == 128 * 2048
+    assert metrics.cache_config("") == {}
+    assert metrics.cache_layout({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        ({}, None),
+        ({"num_gpu_blocks": "None", "block_size": "16"}, None),
+        ({"num_gpu_blocks": "-5", "block_size": "16"}, None),
+        ({"num_gpu_blocks": "5"}, None),
+        ({"num_gpu_blocks": "5", "block_size": "16", "enable_prefix_caching": "True"}, 80),
+        ({"num_gpu_blocks": "5", "block_size": "16", "enable_prefix_caching": "False"}, 0),
+    ],
+)
+def test_the_room_of_a_prefix_cache_is_what_the_node_says(config: dict[str, str], tokens: int | None) -> None:
+    assert metrics.cache_tokens(config) == tokens

@@ -44,23 +44,6 @@ def test_what_is_not_the_answer_of_this_engine_is_a_value_error(models: bytes, m
         VLLM().facts(models, metrics, version)
 
 
-@pytest.mark.parametrize(
-    ("version", "survives"),
-    [
-        ("0.29.0", False),
-        ("0.31.1", False),
-        ("0.32.0", True),
-        ("0.32.1+cpu", True),
-        ("1.0", True),
-        ("", True),
-        ("dev", True),
-    ],
-)
-def test_before_0_32_a_refused_hand_off_ends_the_engine(version: str, survives: bool) -> None:
-    """Seen on live pairs of 0.29, 0.30 and 0.31 (CONTRACT section 0)."""
-    assert VLLM().survives_refusals(version) is survives
-
-
 def test_the_simulator_speaks_as_vllm_does() -> None:
     leg = ENGINES["sim"].release_leg("m", {"transfer_id": "t"})
     assert leg == ENGINES["vllm"].release_leg("m", {"transfer_id": "t"})

@@ -5,6 +5,7 @@ sent, and where KV is held. The client leaves, the request's time ends, or the p
 """
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -28,15 +29,16 @@ from proxy.errors import (
     ProxyError,
 )
 from proxy.exchange import attempt, release
-from proxy.exchange.exchange import Exchange
+from proxy.exchange.fanout import exchange_for
 from proxy.exchange.handoff import SETTLED, PinnedKV, State
 from proxy.exchange.plane import DataPlane, Request
-from proxy.exchange.presence import Presence
+from proxy.exchange.presence import SEE_OFF_S, Presence
 from proxy.exchange.record import Record
 from proxy.exchange.release import Releaser
 from proxy.exchange.retry import RetryBudget
 from proxy.metrics import Metrics
 from proxy.nodes.fleet import Fleet
+from proxy.routing.prefill import PrefillRouter
 from proxy.settings import ProxySettings
 from proxy.upstream.client import NodeClosedError
 
@@ -46,9 +48,9 @@ PREFILL = (
 )  # fmt: skip
 DECODE = (
     "answers", "dies in mid-stream", "error in mid-stream", "ends without its end", "refuses", "late refusal",
-    "refuses before its engine", "error first", "dies before its first event", "full", "queue full",
-    "queue full at first event", "gateway", "fails", "wrong key", "no connection", "lost before it was read",
-    "lost after it was read", "silent",
+    "refuses before its engine", "error first", "dies before its first event", "begins with nonsense", "full",
+    "queue full", "queue full at first event", "gateway", "fails", "wrong key", "no connection",
+    "lost before it was read", "lost after it was read", "silent",
 )  # fmt: skip
 RELEASE = ("frees", "no connection", "lost after it was read", "full", "queue full", "gateway")
 UNSENT = "no connection"
@@ -80,6 +82,8 @@ class World:
     steps: int = 0
     sent: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(what, transfer_id): times it was written to a node's connection."""
+    deadlines: list[tuple[str, Any]] = field(default_factory=list)
+    """(what, its deadline) of each leg."""
     heard: Counter[tuple[str, str]] = field(default_factory=Counter)
     """... and times an engine heard of it."""
     held: set[str] = field(default_factory=set)
@@ -118,6 +122,9 @@ class ScriptedAnswer:
             raise found
         return found
 
+    def hold(self) -> None:
+        """Deadlines are no part of this world."""
+
     async def load(self) -> bytes:
         return b"".join([piece async for piece in self._pieces()])
 
@@ -137,7 +144,6 @@ class ScriptedClient:
         self._role = role
 
     async def request(self, *given: Any, deadline: Any, on_sent: Callable[[], None] = lambda: None) -> ScriptedAnswer:
-        del deadline
         body = orjson.loads(given[3])
         params = body.get("kv_transfer_params") or {}
         world, transfer_id = self._world, params.get("transfer_id", "")
@@ -152,6 +158,7 @@ class ScriptedClient:
             raise NodeUnreachableError("no connection")
         on_sent()
         world.sent[what, transfer_id] += 1
+        world.deadlines.append((what, deadline))
         if behaviour not in UNREAD:
             world.heard[what, transfer_id] += 1
         await world.step()
@@ -206,6 +213,7 @@ class ScriptedClient:
             "queue full at first event": [b": keep-alive\n\n", full],
             "error first": [failed],
             "dies before its first event": [broken],
+            "begins with nonsense": [sse({"model": "m"}), *tokens, token(most, "length", shows=shows), sse(b"[DONE]")],
         }
         return streams[behaviour]
 
@@ -254,6 +262,7 @@ class FakeClient:
         self.got = first
 
     def write(self, chunk: bytes) -> None:
+        assert self.started, "bytes before the head"
         assert not self.is_whole
         self.got += chunk
 
@@ -298,7 +307,7 @@ def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(release, "_BETWEEN_TRIES_S", 0)
 
 
-def fleet() -> Fleet:
+def fleet(version: str = "") -> Fleet:
     nodes = [
         Node(name=f"p{n}", role=Role.PREFILL, url=f"http://p:{n + 1}", bootstrap=f"http://p:{n + 100}")
         for n in range(2)
@@ -307,7 +316,8 @@ def fleet() -> Fleet:
     made = Fleet(Topology(nodes=tuple(nodes)))
     for node in made:
         node.ready(
-            (Rank(0, f"engine of {node.spec.name}"),), NodeFacts(({"id": "m", "max_model_len": 100},), Gauges(), "")
+            (Rank(0, f"engine of {node.spec.name}"),),
+            NodeFacts(({"id": "m", "max_model_len": 100},), Gauges(), version),
         )
     return made
 
@@ -323,6 +333,7 @@ class Outcome:
     error: BaseException | None
     presence: Presence
     budget: RetryBudget
+    sequences: int
 
 
 async def play(world: World, body: dict[str, Any], disturbance: str, nodes: Fleet | None = None) -> Outcome:
@@ -332,7 +343,8 @@ async def play(world: World, body: dict[str, Any], disturbance: str, nodes: Flee
     releaser = Releaser(nodes, clients, metrics, [])
     budget = RetryBudget()
     budget._left = 5
-    plane = DataPlane(ProxySettings(), nodes, clients, metrics, releaser, budget)
+    prefills = PrefillRouter("prefix-cost", nodes)
+    plane = DataPlane(ProxySettings(), nodes, clients, metrics, releaser, budget, cast("Any", None), prefills)
     request = Request("/v1/completions", asked("/v1/completions", orjson.dumps(body)), "id", [])
     presences: list[Presence] = []
 
@@ -340,7 +352,7 @@ async def play(world: World, body: dict[str, Any], disturbance: str, nodes: Flee
         presence = Presence(60)
         presences.append(presence)
         await world.step()
-        await Exchange(plane, request, client, presence, Record("id", "/v1/completions")).run()
+        await exchange_for(plane, request, client, presence, Record("id", "/v1/completions")).run()
 
     task = asyncio.create_task(run())
     disturbances: dict[str, Callable[[], object]] = {
@@ -359,7 +371,8 @@ async def play(world: World, body: dict[str, Any], disturbance: str, nodes: Flee
         error = exc
     with suppress(TimeoutError):
         await releaser.close(within_s=5)
-    return Outcome(world, nodes, client, metrics, error, presences[0], budget)
+    sequences = body.get("n", 1) * (len(body["prompt"]) if isinstance(body["prompt"], list) else 1)
+    return Outcome(world, nodes, client, metrics, error, presences[0], budget, sequences)
 
 
 def drain(nodes: Iterable[Any]) -> None:
@@ -392,7 +405,9 @@ def check(outcome: Outcome, disturbance: str) -> None:
         assert outcome.client.is_whole or isinstance(outcome.error, ProxyError), "nobody was told anything"
     if outcome.client.is_whole and outcome.client.answers == [200] and b"data:" in outcome.client.got:
         assert outcome.client.got.endswith(b"data: [DONE]\n\n")
-        assert outcome.client.got.count(b'"text":"x"') == 3, "the stream is not the three tokens of it"
+        told = [event for event in outcome.client.got.split(b"\n\n") if b'"text":"x"' in event]
+        indices = Counter(orjson.loads(event.removeprefix(b"data: "))["choices"][0]["index"] for event in told)
+        assert indices == dict.fromkeys(range(outcome.sequences), 3), "the stream is not the three tokens of each"
         assert b'token_ids":[' not in outcome.client.got
 
 
@@ -403,6 +418,9 @@ BODIES = st.sampled_from(
         {"prompt": "x", "max_tokens": 3, "stream": True, "model": "m", "stop": "y"},
         {"prompt": "x", "max_tokens": 3, "model": "m", "tools": [{}]},
         {"prompt": "x", "max_tokens": 3, "stream": True, "model": "m", "stream_options": {"include_usage": True}},
+        {"prompt": "x", "max_tokens": 3, "stream": True, "model": "m", "n": 2, "temperature": 1},
+        {"prompt": ["x", "y"], "max_tokens": 3, "model": "m"},
+        {"prompt": ["x", "y"], "max_tokens": 3, "stream": True, "model": "m", "stop": "y"},
     ]
 )
 DISTURBANCES = st.sampled_from(["nothing", "client leaves", "deadline", "shutdown"])
@@ -415,7 +433,7 @@ DISTURBANCES = st.sampled_from(["nothing", "client leaves", "deadline", "shutdow
     st.lists(st.sampled_from(RELEASE), max_size=3),
     BODIES,
     DISTURBANCES,
-    st.integers(1, 25),
+    st.integers(1, 40),
 )
 def test_each_hand_off_goes_to_each_node_once_and_is_settled_exactly_once(  # noqa: PLR0913, PLR0917
     prefill: list[str], decode: list[str], releases: list[str], body: dict[str, Any], disturbance: str, at: int
@@ -428,10 +446,13 @@ def test_each_hand_off_goes_to_each_node_once_and_is_settled_exactly_once(  # no
 
 @pytest.mark.parametrize("disturbance", ["client leaves", "deadline", "shutdown"])
 @pytest.mark.parametrize("behaviour", DECODE)
-def test_whatever_a_decode_node_does_the_client_may_go_at_every_step(behaviour: str, disturbance: str) -> None:
+@pytest.mark.parametrize("prompt", ["x", ["x", "y"]])
+def test_whatever_a_decode_node_does_the_client_may_go_at_every_step(
+    prompt: str | list[str], behaviour: str, disturbance: str
+) -> None:
     """Hypothesis draws; here none is left out."""
-    body = {"prompt": "x", "max_tokens": 3, "stream": True, "model": "m"}
-    for at in range(1, 30):
+    body = {"prompt": prompt, "max_tokens": 3, "stream": True, "model": "m"}
+    for at in range(1, 70):
         world = World([], [behaviour], [], at)
         outcome = asyncio.run(play(world, dict(body), disturbance))
         check(outcome, disturbance)
@@ -537,3 +558,18 @@ def test_an_error_knows_whether_the_node_may_have_the_request() -> None:
     assert not NodeUnreachableError("x").maybe_received
     assert NodeClosedError("x").maybe_received
     assert NodeError("x").source == "node"
+
+
+@pytest.mark.parametrize("behaviour", ["answers", "silent", "late refusal"])
+def test_where_an_abort_in_the_queue_is_fatal_a_leg_is_not_cut_for_a_client_that_leaves(behaviour: str) -> None:
+    """Before vLLM 0.32. Until its first event nobody knows whether a request waits in the queue."""
+    cut: dict[str, bool] = {}
+    for version in ("0.31.0", "0.32.0"):
+        for at in range(1, 30):
+            world = World([], [behaviour], [], at)
+            body = {"prompt": "x", "max_tokens": 3, "stream": True, "model": "m"}
+            check(asyncio.run(play(world, body, "client leaves", fleet(version))), "client leaves")
+            cut[version] = cut.get(version, False) or any(
+                deadline.at - time.monotonic() <= SEE_OFF_S for what, deadline in world.deadlines if what == "decode"
+            )
+    assert cut == {"0.31.0": False, "0.32.0": True}

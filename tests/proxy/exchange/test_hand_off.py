@@ -33,6 +33,19 @@ def text(answer: httpx.Response) -> str:
 # -- release
 
 
+def test_what_is_refused_after_a_stream_of_responses_has_begun_holds_no_kv(
+    prefill: Sim, decode: Sim, proxy: Proxy
+) -> None:
+    """That stream begins before the engine has the request, so the prefill node is asked to judge all of it first."""
+    body = {"model": MODEL, "input": PROMPT, "max_output_tokens": 4, "stream": True}
+    answer = http.post(f"{proxy.url}/v1/responses", json=body | {"logit_bias": {"99999999": 1}})
+    assert answer.status_code == 502
+    for node in (prefill, decode):
+        node.until_free()
+    proxy.until_usable(2)
+    assert http.post(f"{proxy.url}/v1/responses", json=body).headers["x-pd-path"] == "disaggregated"
+
+
 @pytest.mark.parametrize(
     ("fault", "status"),
     [({"fault": "status", "status": 503}, 503), ({"fault": "status", "status": 401}, 502)],
@@ -266,7 +279,7 @@ def test_each_rank_of_a_data_parallel_prefill_node_is_a_target_of_its_own() -> N
     with (
         sim_node("prefill", flags=["--data-parallel-size", "2"]) as prefill,
         sim_node("decode") as decode,
-        proxy_in_front_of(prefill, decode) as proxy,
+        proxy_in_front_of(prefill, decode, flags=["--prefill-policy", "round-robin"]) as proxy,
     ):
         alone = text(ask(decode.url))
         assert [text(ask(proxy.url)) for _ in range(4)] == [alone] * 4

@@ -26,8 +26,9 @@ def played(story: Callable[[Parser], Coroutine[Any, Any, None]]) -> None:
             parser.close()
 
     asyncio.run(main())
-    children = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
-    psutil.wait_procs(children, timeout=30)
+    children = psutil.process_iter(["ppid", "cmdline"])  # one that ends meanwhile is passed over
+    own = [child for child in children if child.info["ppid"] == os.getpid()]
+    psutil.wait_procs([child for child in own if "spawn_main" in " ".join(child.info["cmdline"] or ())], timeout=30)
 
 
 @pytest.mark.parametrize(

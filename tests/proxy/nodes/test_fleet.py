@@ -138,3 +138,48 @@ def test_another_connector_is_another_identity() -> None:
     fleet = ready_fleet(1, 1)
     fleet.replace(topology(1, 1).model_copy(update={"connector": "NixlConnector"}))
     assert [node.problem for node in fleet] == ["not probed yet"] * 2
+
+
+def test_a_node_whose_cache_is_of_another_shape_is_kept_apart_and_the_field_named() -> None:
+    """No engine compares it: blocks of another shape are read as if they were the reader's own."""
+    fleet = Fleet(topology(2, 2))
+    for number, node in enumerate(fleet):
+        layout = {"block_size": "16", "cache_dtype": "fp8" if number == 3 else "auto"}
+        node.ready((Rank(0, "e"),), NodeFacts((), Gauges(), "", layout))
+    fleet.compare()
+    assert [node.misfit for node in fleet][:3] == [None] * 3
+    assert fleet.of(Role.DECODE)[1].misfit == "its KV cache has cache_dtype fp8, while auto is expected"
+    fleet.of(Role.DECODE)[1].ready((), NodeFacts((), Gauges(), "", {"block_size": "16", "cache_dtype": "auto"}))
+    fleet.compare()
+    assert fleet.of(Role.DECODE)[1].misfit is None
+
+
+def test_a_node_that_does_not_tell_its_caches_shape_is_taken_as_it_is() -> None:
+    fleet = Fleet(topology(1, 2))
+    for node, layout in zip(fleet, ({"block_size": "16"}, {}, {"other": "1"}), strict=True):
+        node.ready((Rank(0, "e"),), NodeFacts((), Gauges(), "", layout))
+    fleet.compare()
+    assert [node.misfit for node in fleet] == [None] * 3
+
+
+def of_version(version: str) -> NodeFacts:
+    return NodeFacts(({"id": "m"},), Gauges(), version)
+
+
+def test_nodes_of_another_minor_version_are_kept_apart_and_named() -> None:
+    fleet = Fleet(topology(1, 3))
+    versions = dict(zip(fleet, ("0.32.0", "0.32.1", "0.31.0", ""), strict=True))
+    for node, version in versions.items():
+        node.ready((Rank(0, "e"),), of_version(version))
+    fleet.compare()
+    assert [node.misfit for node in fleet] == [None, None, "is of vLLM 0.31, while 0.32 is expected", None]
+
+
+def test_a_version_that_was_not_tried_is_used_only_if_told_so() -> None:
+    for any_version in (False, True):
+        fleet = Fleet(topology(1, 1), any_version=any_version)
+        for node in fleet:
+            node.ready((Rank(0, "e"),), of_version("0.11.2"))
+        fleet.compare()
+        assert [node.usable for node in fleet] == [any_version] * 2
+        assert ("older than" in fleet.why_none(Role.DECODE)) is not any_version

@@ -1,6 +1,6 @@
 """One worker probes for all; the others take over what it found, unless they know better."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,9 @@ from engines.base import Gauges, NodeFacts, Rank, Role
 from engines.topology import Node, Topology
 from proxy.metrics import Metrics
 from proxy.nodes.fleet import Fleet
-from proxy.nodes.pauses import Pauses
-from proxy.nodes.prober import Prober
 from proxy.nodes.transfer import TransferWatch
 from proxy.serving.board import Board, make_file
 from proxy.serving.sharing import Sharing
-from proxy.settings import ProxySettings
 
 CARD: dict[str, Any] = {"id": "m", "max_model_len": 100}
 
@@ -28,13 +25,12 @@ class Worker:
         nodes = (Node(name="p", role=Role.PREFILL, url="http://p:1", bootstrap="http://p:2"),)
         self.fleet = Fleet(Topology(nodes=nodes))
         self.board, watch = Board(file), TransferWatch(self.fleet)
-        prober = Prober(ProxySettings(), self.fleet, watch, [], Pauses(), lambda: None)
-        self.sharing = Sharing(self.board, Metrics(), self.fleet, watch, prober, lambda: None, lambda: None)
+        self.sharing = Sharing(self.board, Metrics(), self.fleet, watch, lambda: None, lambda: None)
         (self.node,) = self.fleet
 
-    def probed(self, at: float, engine_id: str, adapters: int = 0) -> None:
+    def probed(self, at: float, engine_id: str, adapters: int = 0, layout: Mapping[str, str] | None = None) -> None:
         cards = (CARD, *({"id": f"adapter-{number}", "parent": "m", "root": "x" * 400} for number in range(adapters)))
-        self.node.ready((Rank(0, engine_id),), NodeFacts(cards, Gauges(), "0.32.0"))
+        self.node.ready((Rank(0, engine_id),), NodeFacts(cards, Gauges(), "0.32.0", layout or {}))
         self.node.probed_at = at
         self.sharing.publish()
 
@@ -58,6 +54,13 @@ def test_a_follower_knows_what_the_probes_found(workers: tuple[Worker, Worker]) 
     follower.follow()
     assert follower.node.usable
     assert follower.node.ranks == (Rank(0, "first life"),)
+
+
+def test_a_follower_tells_nodes_apart_by_their_kv_caches_too(workers: tuple[Worker, Worker]) -> None:
+    leader, follower = workers
+    leader.probed(1, "first life", layout={"block_size": "16"})
+    follower.follow()
+    assert follower.node.layout == {"block_size": "16"}
 
 
 def test_a_failure_that_a_worker_met_is_not_undone_by_an_older_probe(workers: tuple[Worker, Worker]) -> None:

@@ -1,0 +1,1 @@
+"""The plan in other forms: shell.py, a script."""

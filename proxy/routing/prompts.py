@@ -1,0 +1,77 @@
+"""What of a request decides which part of a prefill node's prefix cache it finds: chained keys over its prompt.
+
+Without a tokenizer: over the bytes that become the prompt, in pieces of a fixed size; a prompt of token ids in pieces
+of ids. Two requests whose prompts begin alike have their first keys in common.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import orjson
+
+from engines.base import JSONObject
+from engines.openai.request import is_ids
+
+PIECE_BYTES = 256
+PIECE_IDS = 64
+MOST_PIECES = 2048
+"""Half a megabyte of text. What comes behind it makes no difference to the choice of a node."""
+_IN_ORDER = ("tools", "system", "instructions", "prompt", "messages", "input")
+"""The parts of a prompt, as chat templates put them: tools are told before anything is said."""
+_FOR_ALL_OF_IT = ("model", "cache_salt", "chat_template", "chat_template_kwargs", "documents", "reasoning_effort")
+"""Where these differ nothing is shared: vLLM keys its blocks by adapter and salt, and templates begin differently."""
+
+
+@dataclass(slots=True)
+class Prompt:
+    """The prompt of one request."""
+
+    keys: tuple[int, ...] = ()
+    """The n-th stands for everything up to the end of the n-th piece; a last piece that is not whole has none."""
+    pieces: float = 1.0
+    """How many pieces all of it is; the last one may be a part."""
+    tokens: int = 0
+    """About how many it has in all; exactly, once a node has said so."""
+
+    @property
+    def piece_tokens(self) -> float:
+        """Of each piece."""
+        return self.tokens / self.pieces
+
+
+def prompt_of(body: JSONObject, tokens: int) -> Prompt:
+    """`tokens`: an estimate (`Asked.tokens`). Never raises: what cannot be a prompt has no keys."""
+    seed = hash(_bytes([body.get(name) for name in _FOR_ALL_OF_IT]))
+    ids = body.get("prompt")
+    if isinstance(ids, list) and ids and is_ids(ids):
+        pieces = [tuple(ids[at : at + PIECE_IDS]) for at in _starts(len(ids), PIECE_IDS)]
+        return _prompt(seed, pieces, len(ids) / PIECE_IDS, tokens)
+    text = b"".join(_text(body[name]) for name in _IN_ORDER if body.get(name))
+    if not text:
+        return Prompt(tokens=tokens)
+    return _prompt(seed, [text[at : at + PIECE_BYTES] for at in _starts(len(text), PIECE_BYTES)],
+                   len(text) / PIECE_BYTES, tokens)  # fmt: skip
+
+
+def _prompt(seed: int, whole: list[Any], pieces: float, tokens: int) -> Prompt:
+    keys = accumulate(whole, lambda parent, piece: hash((parent, piece)), initial=seed)
+    next(keys)
+    return Prompt(tuple(keys), pieces, tokens)
+
+
+def _starts(size: int, piece: int) -> range:
+    """Of the pieces that are whole."""
+    return range(0, min(size - piece, (MOST_PIECES - 1) * piece) + 1, piece)
+
+
+def _text(value: Any) -> bytes:
+    """JSON text without its end, so that a conversation that goes on begins as it did before."""
+    return _bytes(value)[:-1]
+
+
+def _bytes(value: Any) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # half a surrogate in it, or too deep: its node will refuse it
+        return b""
