@@ -69,12 +69,18 @@ def diagnose(scans: Sequence[Scan], clock: Clock, ends: Sequence[Ended] = ()) ->
     """Order what was found in the logs of all nodes. `ends` tell of those whose logs do not say why they ended."""
     zones = [scan.zone_s for scan in scans if scan.zone_s is not None]
     usual = Clock(clock.now, zones[0]) if zones else clock  # those of one cluster are set alike, most likely
+    clocks = [usual if scan.zone_s is None else Clock(clock.now, scan.zone_s) for scan in scans]
+    turns = {
+        scan.log: [(own.when(stamp), stops) for stamp, stops in scan.turns]
+        for scan, own in zip(scans, clocks, strict=True)
+    }
     hits: list[tuple[Hit, Found]] = []
-    for scan in scans:
-        own = usual if scan.zone_s is None else Clock(clock.now, scan.zone_s)
+    for scan, own in zip(scans, clocks, strict=True):
+        others = [turns[log] for log in turns if log != scan.log]
         for found in scan.found:
             when = own.when(found.stamp) if found.stamp is not None else None
-            hits.append((Hit(found.log, found.number, when, found.text, found.meaning, found.times), found))
+            if not _is_of_a_stop(found.meaning, when, others):
+                hits.append((Hit(found.log, found.number, when, found.text, found.meaning, found.times), found))
     hits += _untold(ends, [hit for hit, _ in hits])
     hits.sort(key=lambda pair: (_at(pair[0]), pair[0].log, pair[0].number))
     return Diagnosis(
@@ -83,6 +89,16 @@ def diagnose(scans: Sequence[Scan], clock: Clock, ends: Sequence[Ended] = ()) ->
         _of(hits, CAUSES, grave=False),
         _of(hits, REMARKS, grave=True),
     )
+
+
+def _is_of_a_stop(meaning: Meaning, when: float | None, others: Sequence[Sequence[tuple[float, bool]]]) -> bool:
+    """What a process says of another one that was asked to stop is no failure: mooncake_master misses the heartbeats of
+    a node that takes its time to go.
+    """
+    if meaning.kind not in CONSEQUENCES or meaning.root == "self" or when is None:
+        return False
+    before = ([stops for at, stops in turns if at <= when] for turns in others)
+    return any(stops[-1] for stops in before if stops)
 
 
 def _untold(ends: Sequence[Ended], hits: Sequence[Hit]) -> Iterator[tuple[Hit, Found]]:

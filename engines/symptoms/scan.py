@@ -37,7 +37,11 @@ _SERIOUS: Final = frozenset({"ERROR", "CRITICAL", "FATAL"})
 _QUIET: Final = frozenset({"DEBUG", "INFO", "WARNING"})
 _OF_ONE_REQUEST: Final = frozenset({"asgi-exception", "request-failed"})
 """The exception behind such a line is of a request's handler: the process goes on."""
+_CHAINED: Final = (b"The above exception was the direct cause", b"During handling of the above exception")
+_BACK_TO_CHAIN: Final = 3
 _LITERALS: Final = ("Error", "Exception", "Expired", "Failure", "Timeout", "ERROR", "CRITICAL", _TRACEBACK)
+_DUMPS: Final = ("with config: model=", "Dumping scheduler output for model execution")
+"""VLLM tells its whole configuration when it starts and when it dies: every word of it means only that it is set."""
 _GLOG: Final = b"00000 00:00:00."
 """A line of glog of level E or F, blanked; those of level I and W keep their letter."""
 
@@ -72,6 +76,8 @@ class Scan:
     found: list[Found] = field(default_factory=list)
     zone_s: float | None = None
     """Of its stamps that give none, when a line shows it."""
+    turns: list[tuple[Stamp, bool]] = field(default_factory=list)
+    """When it began to stop (True) as it was asked to, and when it began anew (False)."""
 
 
 def scan(log: str, parts: Iterable[bytes]) -> Scan:
@@ -93,9 +99,12 @@ class _Scanner:
         """Of each source and meaning, where it is in `_found`."""
         self._found: list[Found] = []
         self._stopping: set[str] = set()
+        self._turns: list[tuple[Stamp, bool]] = []
         self._in_traceback: set[tuple[str, str]] = set()
         self._in_request: set[tuple[str, str]] = set()
         """Whose traceback is of one request's handler: the process goes on."""
+        self._was_in_request: set[tuple[str, str]] = set()
+        """... and whose last exception was."""
         self._last: Stamp | None = None
         self._zone_s: float | None = None
         self._said: set[str] = set()
@@ -139,19 +148,25 @@ class _Scanner:
     def _judge(self, line: Reading, lines: list[bytes], at: int) -> tuple[Meaning, str, bool] | None:
         """What it means, its text, and whether it is grave; None when it is of no interest."""
         where = line.source, line.process
+        if any(mark in line.text for mark in _DUMPS):
+            return None
         if line.bare.startswith(_TRACEBACK):
             self._in_traceback.add(where)
+            if where in self._was_in_request and _is_chained(lines, at):
+                self._in_request.add(where)
             return None
         meaning = _meaning(line)
         exception = self._exception(line, where)  # asked in any case: a traceback ends with it
         if meaning is not None:
             if meaning.id in _OF_ONE_REQUEST:
                 self._in_request.add(where)
-            self._turn(meaning, line.source)
+            self._turn(meaning, line.source, self._stamp_of(line, lines, at))
             is_quiet = meaning.kind in ("noise", "fact", "stop", "start")
             return None if is_quiet else (meaning, line.text, True)
         if exception is not None:
-            is_grave = exception and where not in self._in_request
+            is_of_request = where in self._in_request
+            is_grave = exception and not is_of_request
+            (self._was_in_request.add if is_of_request else self._was_in_request.discard)(where)
             self._in_request.discard(where)
             return UNKNOWN, line.text + _raised_at(lines, at), is_grave
         if line.level == "FATAL":
@@ -160,12 +175,14 @@ class _Scanner:
             return UNKNOWN, line.text, False
         return None
 
-    def _turn(self, meaning: Meaning, source: str) -> None:
+    def _turn(self, meaning: Meaning, source: str, stamp: Stamp | None) -> None:
         """A node that was asked to stop says many a frightening thing until it is gone, and means none of them."""
         if meaning.kind == "stop":
             self._stopping.add(source)
         elif meaning.kind == "start":
             self._stopping.discard(source)
+        if meaning.kind in ("stop", "start") and stamp is not None:
+            self._turns.append((stamp, meaning.kind == "stop"))
 
     def _exception(self, line: Reading, where: tuple[str, str]) -> bool | None:
         """True where a traceback ends, or an exception is told as an error; False for one that stands alone.
@@ -191,9 +208,12 @@ class _Scanner:
             self._found[place] = replace(self._found[place], times=self._found[place].times + 1)
         else:
             log = f"{self._log}: {line.source}" if line.source else self._log
-            stamp = line.stamps[0] if line.stamps else self._stamp_at(lines, at) or self._last
+            stamp = self._stamp_of(line, lines, at)
             self._found.append(Found(log, self._number + at + 1, stamp, text, meaning, is_grave))
         return place
+
+    def _stamp_of(self, line: Reading, lines: list[bytes], at: int) -> Stamp | None:
+        return line.stamps[0] if line.stamps else self._stamp_at(lines, at) or self._last
 
     def _stamp_at(self, lines: list[bytes], at: int) -> Stamp | None:
         """Of the line, or of the nearest one before it that has a time."""
@@ -204,7 +224,7 @@ class _Scanner:
 
     def result(self) -> Scan:
         kept = (_if_it_counts(found, self._said) for found in self._found)
-        return Scan(self._log, [found for found in kept if found is not None], self._zone_s)
+        return Scan(self._log, [found for found in kept if found is not None], self._zone_s, self._turns)
 
 
 def _if_it_counts(found: Found, said: set[str]) -> Found | None:
@@ -227,6 +247,11 @@ def _meaning(line: Reading) -> Meaning | None:
     if by_text is None or (by_family is not None and by_family.kind == "root"):
         return by_family
     return by_text
+
+
+def _is_chained(lines: list[bytes], at: int) -> bool:
+    """Whether the traceback that begins here is of an exception that came of the one before it."""
+    return any(mark in line for line in lines[max(0, at - _BACK_TO_CHAIN) : at] for mark in _CHAINED)
 
 
 def _is_code(bare: str) -> bool:

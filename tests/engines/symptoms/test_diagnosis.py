@@ -102,3 +102,21 @@ def test_logs_of_several_zones_are_ordered_where_a_line_shows_the_zone() -> None
     found = told(decode=collected, prefill=plain)
     assert first(found) == ("prefill", "port-bootstrap-in-use")
     assert [hit.when for hit in (*found.causes, *found.consequences)] == [1_796_119_201.0, 1_796_119_205.0]
+
+
+STOPPING = "(APIServer pid=1) INFO 12-01 10:00:20 [launcher.py:1] [shutdown] API server: shutdown triggered"
+STARTING = "(APIServer pid=2) INFO 12-01 10:00:40 [utils.py:1] non-default args: {"
+
+
+def expired(seconds: int) -> str:
+    return f"I1201 10:00:{seconds:02d}.0 25742 master_service.cpp:11036] client_id=1-2, action=client_expired"
+
+
+def test_what_is_said_of_a_node_that_was_asked_to_stop_is_no_failure() -> None:
+    assert told(store=[expired(35)], decode=[STOPPING]) == Diagnosis()
+    assert first(told(store=[expired(15)], decode=[STOPPING])) == ("store", "store-client-expired")
+    assert first(told(store=[expired(45)], decode=[STOPPING, STARTING])) == ("store", "store-client-expired")
+
+
+def test_what_fails_beside_a_stop_is_still_told() -> None:
+    assert first(told(prefill=[at(35, BUSY)], decode=[STOPPING])) == ("prefill", "port-bootstrap-in-use")
