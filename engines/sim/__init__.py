@@ -9,6 +9,8 @@ lets one try pd-launch on a laptop; it proves nothing about a real engine.
     dialects.py  the responses and messages routes, spoken as chat
     kv.py        KV blocks: running, held for a hand-off, pulled, expired, leaked
     transfer.py  the decode side of a hand-off: find the prefill node, pull
+    prefixes.py  a node's prefix cache
+    timing.py    how long an engine takes (`--speeds`)
     answers.py   chunks and bodies in vLLM's shape (pure)
     faults.py    latency and failures, set through the control route
     server.py    the routes

@@ -20,6 +20,7 @@ from ..connectors import mooncake
 from .faults import Faults
 from .kv import TOTAL_BLOCKS
 from .server import Settings, SimNode, make_app, make_bootstrap_app
+from .timing import Speeds
 
 _ROLES = {"kv_producer": Role.PREFILL, "kv_consumer": Role.DECODE}
 
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--as-version", default="sim", help="of vLLM, to behave as")
     parser.add_argument("--faults", type=Faults.model_validate_json, default=Faults(), help="from the start, as JSON")
+    parser.add_argument("--speeds", type=Speeds.model_validate_json, help="how long it takes, as JSON: timing.py")
     parser.add_argument("--kv-transfer-config", type=json.loads, default={})
     options, _ = parser.parse_known_args()
     asyncio.run(_Server(options).run())
@@ -79,6 +81,7 @@ class _Server:
                 "num_gpu_blocks": str(options.num_gpu_blocks_override),
             },
             version=options.as_version,
+            speeds=options.speeds,
             is_nixl=config.get("kv_connector") == "NixlConnector",
         )
         self._address = (options.host, options.port)

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -25,6 +25,10 @@ class KVCache:
     """Blocks in use on this node; on a prefill node also the hand-offs it holds, by `transfer_id`."""
 
     timeout_s: float
+    block_tokens: int = BLOCK_TOKENS
+    total_blocks: int = TOTAL_BLOCKS
+    on_free: Callable[[], None] = lambda: None
+    """What was held for a hand-off is free."""
     running_blocks: int = 0
     leaked_blocks: int = 0
     held: dict[str, Held] = field(default_factory=dict)
@@ -33,16 +37,23 @@ class KVCache:
     _senders: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(SENDER_TASKS))
 
     def usage(self) -> float:
-        held = sum(blocks(len(entry.prompt)) for entry in self.held.values())
-        return (self.running_blocks + self.leaked_blocks + held) / TOTAL_BLOCKS
+        return self._used() / self.total_blocks
+
+    def room(self) -> int:
+        """In tokens. What is only cached for the next prompts gives way."""
+        return (self.total_blocks - self._used()) * self.block_tokens
+
+    def _used(self) -> int:
+        held = sum(self._blocks(len(entry.prompt)) for entry in self.held.values())
+        return self.running_blocks + self.leaked_blocks + held
 
     @contextmanager
     def running(self, tokens: int) -> Iterator[None]:
-        self.running_blocks += blocks(tokens)
+        self.running_blocks += self._blocks(tokens)
         try:
             yield
         finally:
-            self.running_blocks -= blocks(tokens)
+            self.running_blocks -= self._blocks(tokens)
 
     def hold(self, transfer_id: str, prompt: tuple[int, ...]) -> None:
         """Keep a prefill's KV until it is pulled or expires. A second one under the same id leaks the first."""
@@ -55,7 +66,7 @@ class KVCache:
 
     def leak(self, tokens: int) -> None:
         """Blocks that no timeout ever gives back."""
-        self.leaked_blocks += blocks(tokens)
+        self.leaked_blocks += self._blocks(tokens)
 
     async def pull(self, transfer_id: str) -> tuple[int, ...] | None:
         """Hand the KV over and free it; None when it does not come within the timeout.
@@ -75,6 +86,7 @@ class KVCache:
         if entry is None:
             return None
         entry.expiry.cancel()
+        self.on_free()
         return entry.prompt
 
     @property
@@ -86,7 +98,7 @@ class KVCache:
         self.held.pop(transfer_id)
         self._arrivals.pop(transfer_id, None)
         self.expired += 1
+        self.on_free()
 
-
-def blocks(tokens: int) -> int:
-    return math.ceil(tokens / BLOCK_TOKENS)
+    def _blocks(self, tokens: int) -> int:
+        return math.ceil(tokens / self.block_tokens)

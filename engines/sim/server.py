@@ -30,6 +30,7 @@ from .faults import MESSAGE, Faults, Kind
 from .kv import BLOCK_TOKENS, TOTAL_BLOCKS, KVCache
 from .prefixes import PrefixCache
 from .request import RefusedError, SchemaError, Wanted, for_choice, parse
+from .timing import EngineLoop, Speeds
 from .transfer import TransferError, pull
 
 REMEMBERED_REQUESTS = 64
@@ -55,6 +56,8 @@ class Settings:
     version: str = "sim"
     layout: Mapping[str, str] = field(default_factory=dict)
     """Of the KV cache, as vLLM tells it."""
+    speeds: Speeds | None = None
+    """None: it takes no time, and has room for all."""
 
     @property
     def model(self) -> str:
@@ -64,7 +67,7 @@ class Settings:
 class Counters:
     """vLLM's own series, those a proxy or a launcher reads."""
 
-    def __init__(self, model: str, kv: KVCache, layout: Mapping[str, str]) -> None:
+    def __init__(self, model: str, kv: KVCache, layout: Mapping[str, str], waiting: Callable[[], float]) -> None:
         self.registry = CollectorRegistry()
         if layout:
             info = Gauge("vllm:cache_config_info", "Of the cache.", list(layout), registry=self.registry)
@@ -80,9 +83,8 @@ class Counters:
         self.running = Gauge(
             "vllm:num_requests_running", "Requests running.", ["model_name"], registry=self.registry
         ).labels(model)
-        self.waiting = Gauge(
-            "vllm:num_requests_waiting", "Requests waiting.", ["model_name"], registry=self.registry
-        ).labels(model)
+        queue = Gauge("vllm:num_requests_waiting", "Requests waiting.", ["model_name"], registry=self.registry)
+        queue.labels(model).set_function(waiting)
 
 
 @dataclass
@@ -98,16 +100,27 @@ class SimNode:
     received: deque[JSONObject] = field(default_factory=lambda: deque(maxlen=REMEMBERED_REQUESTS))
 
     def __post_init__(self) -> None:
-        self.kv = KVCache(self.settings.transfer_timeout_s)
-        self.counters = Counters(self.settings.model, self.kv, self.settings.layout)
-        layout = self.settings.layout
+        layout, speeds = self.settings.layout, self.settings.speeds
         block_tokens = int(layout.get("block_size", BLOCK_TOKENS))
         total_blocks = int(layout.get("num_gpu_blocks", TOTAL_BLOCKS))
+        self.kv = KVCache(self.settings.transfer_timeout_s, block_tokens, total_blocks, self._freed)
+        self.counters = Counters(self.settings.model, self.kv, layout, self._waiting)
+        self.loops: list[EngineLoop] = []
+        if speeds is not None:
+            most = block_tokens * total_blocks
+            self.loops = [EngineLoop(speeds, self.kv.room, most) for _ in range(self.settings.ranks)]
         self.prefixes = [PrefixCache(block_tokens, total_blocks) for _ in range(self.settings.ranks)]
         self.client = httpx.AsyncClient(trust_env=False)
         self.background: set[asyncio.Task[Any]] = set()
         self.stored: dict[str, JSONObject] = {}
         """Responses, as with VLLM_ENABLE_RESPONSES_API_STORE=1."""
+
+    def _waiting(self) -> int:
+        return sum(loop.waiting for loop in self.loops)
+
+    def _freed(self) -> None:
+        for loop in self.loops:
+            loop.let_in()
 
     # -- routes
 
@@ -253,18 +266,32 @@ class SimNode:
 
     async def _admit(self, wanted: Wanted, stack: AsyncExitStack) -> tuple[tuple[int, ...], ...]:
         """Count the request as running, and get its prompts' KV: by transfer, or by computing it."""
+        loop = self.loops[wanted.rank] if self.loops else None
+        if loop is not None:
+            await stack.enter_async_context(loop.place(sum(map(len, wanted.prompts))))
         stack.enter_context(self.counters.running.track_inprogress())
         for ids in wanted.prompts:
             stack.enter_context(self.kv.running(len(ids)))
         prompts = await self._transferred(wanted) if wanted.kv.get("do_remote_prefill") else None
         if prompts is not None:
+            if loop is not None:
+                await loop.hand_off(sum(map(len, prompts)))
+                await loop.step()
             self.counters.transferred.inc(sum(map(len, prompts)))
             return prompts
         await asyncio.sleep(self.faults.ttft_s)
-        wanted.found[:] = map(self._compute, wanted.prompts, repeat(wanted.rank))
+        if loop is None:
+            self._compute_all(wanted)
+        else:
+            await loop.prefill(lambda: self._compute_all(wanted))
         self.counters.cached.inc(sum(wanted.found))
         self.counters.computed.inc(sum(map(len, wanted.prompts)) - sum(wanted.found))
         return wanted.prompts
+
+    def _compute_all(self, wanted: Wanted) -> int:
+        """How many tokens had to be computed."""
+        wanted.found[:] = map(self._compute, wanted.prompts, repeat(wanted.rank))
+        return sum(map(len, wanted.prompts)) - sum(wanted.found)
 
     def _compute(self, prompt: tuple[int, ...], rank: int) -> int:
         """How many of its tokens were cached. Decode nodes have no prefix cache, as pd-launch starts them over TCP."""
@@ -321,6 +348,8 @@ class SimNode:
                 self._finished(wanted, choice, wanted.rank)
                 return
             await asyncio.sleep(self.faults.itl_s)
+            if self.loops:
+                await self.loops[wanted.rank].step()
 
     def _cut_at_stop_string(self, wanted: Wanted, choice: Choice) -> None:
         for stop in wanted.stop:
