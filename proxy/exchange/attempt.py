@@ -19,7 +19,6 @@ from ..errors import (
     NotServedError,
 )
 from ..nodes.node import Lease, Node
-from ..routing.policy import choose
 from ..routing.prefill import Audit
 from ..routing.prompts import Prompt, prompt_of
 from ..upstream.client import Answer
@@ -68,22 +67,24 @@ class Attempt:
         self._delivery = delivery
         self._avoid = avoid
         self._only = only or Only()
+        self._prompt = self._look_at_prompt()
 
     async def run(self, route: Route | None, reason: str | None) -> None:
         """Answer the client. `reason`: why one node does both phases; None for a hand-off on `route`.
 
         Raises NodeError, NoNodeError, StreamLostError; what a node refused is passed on or raised as it put it.
         """
-        with self._choose_decode().lease(for_request=True) as seat:
+        node = self._choose_decode()
+        with node.lease(for_request=True, tokens=self._prompt.tokens) as seat:
             if route is not None and reason is None:
                 reason = await self._disaggregated(seat, route)
             if reason is not None:
                 self._presence.check()
-                await self._aggregated(seat.node, route, reason)
+                await self._aggregated(seat, route, reason)
 
-    async def _aggregated(self, node: Node, route: Route | None, reason: str) -> None:
+    async def _aggregated(self, seat: Lease, route: Route | None, reason: str) -> None:
         """One node does both phases with the client's own body."""
-        record, request = self._record, self._request
+        record, request, node = self._record, self._request, seat.node
         record.path, record.reason = "aggregated", reason
         leg = self._leg(node)
         try:
@@ -99,6 +100,7 @@ class Attempt:
                 self._delivery.pass_on(answer.status, answer.headers, first + rest)
                 return
             record.first_event = time.perf_counter()
+            self._decodes(seat)
             await self._delivery.relay(leg, answer, first, route, None)
         finally:
             leg.close()
@@ -106,12 +108,11 @@ class Attempt:
     async def _disaggregated(self, seat: Lease, route: Route) -> str | None:
         """Prefill, hand over, decode. What it returns is why the prompt must go to one node after all."""
         self._record.path, self._record.reason = "disaggregated", None
-        prompt = self._prompt()
-        prefill = self._choose_prefill(prompt, seat.node)
+        prefill = self._choose_prefill(seat.node)
         if prefill is None:
             return "no-prefill"
         self._holder = prefill
-        rank = self._rank_of(prefill, prompt)
+        rank = self._rank_of(prefill)
         if rank is not None and rank.of > 1 and not route.takes_rank:
             return "data-parallel"
         if self._would_kill(seat.node, prompt_tokens=1):
@@ -119,13 +120,11 @@ class Attempt:
         hand_off = self._plane.fleet.connector.hand_off(prefill.spec.bootstrap, rank)
         with PinnedKV(hand_off, self._request.asked.body.get("model"), self._plane.releaser) as kv:
             self._record.transfer_id = kv.id
-            with prefill.lease(for_request=True), self._plane.prefills.sent(prefill, rank, prompt) as sent:
-                prefilled = await self._prefill(prefill, rank, route, kv, dies_of_refusals=self._dies(seat.node))
-                sent.prefilled = None if isinstance(prefilled, str) else prefilled
-            self._note_audit(prefill, sent.audit)
+            prefilled = await self._counted_prefill(prefill, rank, route, kv, dies_of_refusals=self._dies(seat.node))
             if isinstance(prefilled, str):
                 return prefilled
             self._record.prompt_tokens = prefilled.prompt_tokens
+            seat.holds(prefilled.prompt_tokens)
             self._presence.check()
             if self._would_kill(seat.node, prefilled.prompt_tokens):
                 return "may-be-refused"
@@ -134,16 +133,27 @@ class Attempt:
 
     # -- prefill
 
-    def _prompt(self) -> Prompt:
-        """What the choice of a prefill node looks at."""
+    def _look_at_prompt(self) -> Prompt:
+        """What the choice of nodes looks at."""
         asked, same = self._request.asked, self._request.same_prompt
-        if not self._plane.prefills.looks_at_prompts:
-            return Prompt(tokens=asked.tokens)
+        session = next((value for name, value in self._request.headers if name == b"x-session-id"), b"")
+        if not (self._plane.prefills.looks_at_prompts or self._plane.decodes.looks_at_prompts):
+            return Prompt(tokens=asked.tokens, session=session)
         if same is None:
-            return prompt_of(asked.body, asked.tokens)
+            return prompt_of(asked.body, asked.tokens, session)
         if same.prompt is None:
-            same.prompt = prompt_of(asked.body, asked.tokens)
+            same.prompt = prompt_of(asked.body, asked.tokens, session)
         return same.prompt
+
+    async def _counted_prefill(
+        self, node: Node, rank: Rank | None, route: Route, kv: PinnedKV, *, dies_of_refusals: bool
+    ) -> Prefilled | str:
+        """`_prefill`, on the node's account while it lasts."""
+        with node.lease(for_request=True), self._plane.prefills.sent(node, rank, self._prompt) as sent:
+            prefilled = await self._prefill(node, rank, route, kv, dies_of_refusals=dies_of_refusals)
+            sent.prefilled = None if isinstance(prefilled, str) else prefilled
+        self._note_audit(node, sent.audit)
+        return prefilled
 
     def _note_audit(self, node: Node, audit: Audit | None) -> None:
         if audit is not None:
@@ -152,14 +162,14 @@ class Attempt:
             metrics.prefix_predicted_tokens.count(name, by=audit.predicted)
             metrics.prefix_cached_tokens.count(name, by=audit.cached)
 
-    def _choose_prefill(self, prompt: Prompt, decode: Node) -> Node | None:
+    def _choose_prefill(self, decode: Node) -> Node | None:
         """None when decode nodes must do without. Raises NoNodeError when they shall not."""
         may_do_without = self._plane.settings.without_prefill == "aggregated"
         same = self._request.same_prompt
         if same is not None and same.node is not None and self._may_take(same.node, decode):
             return same.node
         try:
-            node = self._only_or(Role.PREFILL, lambda: self._cheapest_prefill(prompt, decode))
+            node = self._only_or(Role.PREFILL, lambda: self._cheapest_prefill(decode))
         except NoNodeError:
             if not may_do_without:
                 raise
@@ -174,13 +184,13 @@ class Attempt:
         is_well = prefill.usable and prefill not in self._avoid and prefill.breaker.admits(time.monotonic())
         return is_well and not self._plane.fleet.pairs.is_fenced(prefill, decode)
 
-    def _cheapest_prefill(self, prompt: Prompt, decode: Node) -> Node:
-        return self._plane.prefills.choose(prompt, self._avoid, self._request.asked.body.get("model"), decode)
+    def _cheapest_prefill(self, decode: Node) -> Node:
+        return self._plane.prefills.choose(self._prompt, self._avoid, self._request.asked.body.get("model"), decode)
 
-    def _rank_of(self, node: Node, prompt: Prompt) -> Rank | None:
+    def _rank_of(self, node: Node) -> Rank | None:
         same = self._request.same_prompt
         rank = next((rank for rank in node.ranks if same is not None and rank.number == same.rank), None)
-        rank = rank or self._plane.prefills.rank_of(node, prompt)
+        rank = rank or self._plane.prefills.rank_of(node, self._prompt)
         if same is not None and rank is not None:
             same.rank = rank.number
         return rank
@@ -237,7 +247,7 @@ class Attempt:
         leg, answer, deadline = await self._hand_over(seat, body, kv, is_stream=stream)
         try:
             if not stream:
-                await self._deliver_whole(leg, answer, kv, prefilled, began)
+                await self._deliver_whole(leg, answer, seat, kv, prefilled, began)
                 return
             first = await self._first_event(leg, route, answer, kv, deadline)
             if answer.status != 200:
@@ -246,7 +256,7 @@ class Attempt:
                 self._presence.check()
                 self._delivery.pass_on(answer.status, answer.headers, raw)
                 return
-            self._took(leg.node, kv, prefilled, began)
+            self._took(seat, kv, prefilled, began)
             self._presence.check()  # the engine has it, and its abort frees the KV
             if asked.body.get("stream"):
                 await self._relay(leg, answer, first, route, prefilled, sent)
@@ -322,11 +332,13 @@ class Attempt:
             self._presence.check()
             raise
 
-    async def _deliver_whole(self, leg: Leg, answer: Answer, kv: PinnedKV, prefilled: Prefilled, began: float) -> None:
+    async def _deliver_whole(  # noqa: PLR0913, PLR0917  as `_decode` has them
+        self, leg: Leg, answer: Answer, seat: Lease, kv: PinnedKV, prefilled: Prefilled, began: float
+    ) -> None:
         with self._presence.on_leave(let_end):
             raw = await leg.load()
         if answer.status == 200:
-            self._took(leg.node, kv, prefilled, began)
+            self._took(seat, kv, prefilled, began)
         else:
             self._refuse(kv, answer.status, raw)
         self._presence.check()
@@ -362,13 +374,20 @@ class Attempt:
         self._engine.tell_tokens(leg_body)
         return SentTokens(hide=not asked.get("return_token_ids"), needs_text=route is CHAT)
 
-    def _took(self, node: Node, kv: PinnedKV, prefilled: Prefilled, began: float) -> None:
+    def _took(self, seat: Lease, kv: PinnedKV, prefilled: Prefilled, began: float) -> None:
         """The decode node's first event is here."""
         kv.taken()
-        node.handed_over(prefilled.prompt_tokens)
+        seat.node.handed_over(prefilled.prompt_tokens)
+        self._decodes(seat)
         now = time.perf_counter()
         self._record.hand_off_s = now - began
         self._record.first_event = now
+
+    def _decodes(self, seat: Lease) -> None:
+        """Its node has the prompt, and what it looks like matters no more: a stream may be long."""
+        seat.generates()
+        self._plane.decodes.has(seat.node, self._prompt)
+        self._prompt = Prompt()
 
     def _judge_failure(self, kv: PinnedKV, error: NodeError) -> None:
         """What a failed decode leg means for the hand-off; nothing when it is unknown."""
@@ -386,8 +405,8 @@ class Attempt:
 
     def _choose_decode(self, partner: Node | None = None) -> Node:
         """Raises NoNodeError."""
-        fleet, model = self._plane.fleet, self._request.asked.body.get("model")
-        return self._only_or(Role.DECODE, lambda: choose(fleet, Role.DECODE, self._avoid, model, partner))
+        decodes, model = self._plane.decodes, self._request.asked.body.get("model")
+        return self._only_or(Role.DECODE, lambda: decodes.choose(self._prompt, self._avoid, model, partner))
 
     def _only_or(self, role: Role, chosen: Callable[[], Node]) -> Node:
         """Raises NoNodeError."""

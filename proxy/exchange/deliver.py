@@ -73,6 +73,7 @@ class Delivery:
                 if sent.tokens > 1:
                     mean_s = (time.perf_counter() - began) / (sent.tokens - 1)
                     self._plane.metrics.mean_inter_token_seconds.observe(mean_s)
+                    leg.node.live.measured(mean_s)
 
     async def collect(self, leg: Leg, answer: Answer, first: bytes, route: Route) -> None:
         """A stream, put together to the whole answer the client asked for. Raises NodeError, noted."""

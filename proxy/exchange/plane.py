@@ -11,6 +11,7 @@ from ..metrics import Metrics
 from ..nodes.clients import NodeClients
 from ..nodes.fleet import Fleet
 from ..nodes.node import Node
+from ..routing.decode import DecodeRouter
 from ..routing.prefill import PrefillRouter
 from ..routing.prompts import Prompt
 from ..settings import ProxySettings
@@ -36,6 +37,7 @@ class DataPlane:
     budget: "RetryBudget"
     stored: "StoredResponses"
     prefills: PrefillRouter
+    decodes: DecodeRouter
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from engines.base import Gauges, JSONObject, NodeFacts, Rank
 
 from ..errors import NodeAnsweredError, NodeError, NodeRejectsKeyError, NodeUnreachableError
 from .breaker import Breaker
+from .live import LiveTokens
 
 logger = logging.getLogger("pd_proxy.nodes")
 
@@ -24,6 +25,7 @@ class Share:
     in_flight: int = 0
     hand_offs: int = 0
     handed_tokens: int = 0
+    live_tokens: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -53,8 +55,10 @@ class Node:
     hand_offs: int = 0
     handed_tokens: int = 0
     """Hand-offs this decode node took, and their prompts' tokens."""
+    live: LiveTokens = field(default_factory=LiveTokens)
+    """KV that running requests hold here."""
     elsewhere: Share = field(default_factory=Share)
-    """What the proxy's other worker processes have of these three."""
+    """What the proxy's other worker processes have of these four."""
     life: int = 0
     """Grows with every start of it that is noticed."""
     probed_at: float = 0.0
@@ -75,6 +79,10 @@ class Node:
     def load(self) -> int:
         """Requests on it, from all workers."""
         return self.in_flight + self.elsewhere.in_flight
+
+    def live_tokens(self, now: float) -> float:
+        """Of running requests, prompts and answers so far, from all workers."""
+        return self.live.count(now) + self.elsewhere.live_tokens
 
     @property
     def all_handed_over(self) -> tuple[int, int]:
@@ -149,30 +157,50 @@ class Node:
         self.hand_offs += 1
         self.handed_tokens += prompt_tokens
 
-    def lease(self, *, for_request: bool = False) -> "Lease":
-        """Count one request on this node, for as long as it lasts. `for_request`: a client's; the breaker counts it."""
-        return Lease(self, for_request=for_request)
+    def lease(self, *, for_request: bool = False, tokens: int = 0) -> "Lease":
+        """Count one request on this node, for as long as it lasts. `for_request`: a client's; the breaker counts it.
+        `tokens`: of its prompt, where its KV stays as long.
+        """
+        return Lease(self, for_request=for_request, tokens=tokens)
 
 
 class Lease:
     """One request on a node; a context manager. `move` takes it to another node."""
 
-    __slots__ = ("_for_request", "_is_trial", "node")
+    __slots__ = ("_began", "_for_request", "_is_trial", "_tokens", "node")
 
-    def __init__(self, node: Node, *, for_request: bool) -> None:
+    def __init__(self, node: Node, *, for_request: bool, tokens: int) -> None:
         self.node = node
         self._for_request = for_request
         self._is_trial = False
+        self._tokens = tokens
+        self._began: float | None = None
 
     def __enter__(self) -> Self:
         self.node.in_flight += 1
+        self.node.live.prompts += self._tokens
         self._is_trial = self._for_request and self.node.breaker.begin()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.node.in_flight -= 1
+        self.node.live.prompts -= self._tokens
+        if self._began is not None:
+            self.node.live.end(self._began)
+            self._began = None
         if self._is_trial:
             self.node.breaker.end_trial()
+
+    def holds(self, tokens: int) -> None:
+        """What its prompt has, now that it is known."""
+        self.node.live.prompts += tokens - self._tokens
+        self._tokens = tokens
+
+    def generates(self) -> None:
+        """Its first token is there, and others follow."""
+        if self._began is None:
+            self._began = time.monotonic()
+            self.node.live.begin(self._began)
 
     def move(self, node: Node) -> None:
         """The request goes on at another node."""

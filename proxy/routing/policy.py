@@ -9,10 +9,13 @@ from ..errors import NoNodeError
 from ..nodes.fleet import Fleet
 from ..nodes.node import Node
 
+Cost = tuple[float, int]
+"""The second decides between nodes whose first are equal."""
 
-def fewest_requests(node: Node) -> float:
+
+def fewest_requests(node: Node) -> Cost:
     """The cost that sends each request where the fewest are."""
-    return node.load
+    return node.load, 0
 
 
 def choose(  # noqa: PLR0913  who is asked for, and for what
@@ -22,7 +25,7 @@ def choose(  # noqa: PLR0913  who is asked for, and for what
     model: object = None,
     partner: Node | None = None,
     *,
-    cost_of: Callable[[Node], float] = fewest_requests,
+    cost_of: Callable[[Node], Cost] = fewest_requests,
 ) -> Node:
     """The node of a role that the next leg goes to. `partner`: the other node of the hand-off, when it is chosen.
 
@@ -36,7 +39,7 @@ def choose(  # noqa: PLR0913  who is asked for, and for what
     NoNodeError with the reason of every node that is not usable.
     """
     best: Node | None = None
-    best_cost: tuple[bool, bool, bool, bool, float] | None = None
+    best_cost: tuple[bool, bool, bool, bool, Cost] | None = None
     now = time.monotonic()
     for node in _candidates(fleet, role, model):
         if node.usable and not _is_fenced(fleet, node, partner):

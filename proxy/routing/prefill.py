@@ -17,7 +17,8 @@ from engines.base import Prefilled, Rank, Role
 from ..nodes.fleet import Fleet
 from ..nodes.node import Node
 from .backlog import FIRST_RATE, Backlog
-from .policy import choose, fewest_requests
+from .decode import DecodeRouter
+from .policy import Cost, choose, fewest_requests
 from .prefixes import Expected, PrefixModel
 from .prompts import Prompt
 
@@ -98,9 +99,16 @@ class PrefillRouter:
     """What all requests of this process share."""
 
     def __init__(
-        self, policy: str, fleet: Fleet, notices: Notices | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        policy: str,
+        fleet: Fleet,
+        decodes: DecodeRouter | None = None,
+        notices: Notices | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`policy`: prefix-cost, least-load or round-robin; `notices`: to and from the other worker processes."""
+        """`policy`: prefix-cost, least-load or round-robin; `notices`: to and from the other worker processes, for
+        `decodes` too.
+        """
         self._fleet = fleet
         self._notices = notices
         self._now = clock
@@ -112,6 +120,9 @@ class PrefillRouter:
         self._under_way = 0
         self._usual_rate = FIRST_RATE
         self._policy = policy
+        self._decodes = decodes
+        if decodes is not None and notices is not None:
+            decodes.tell = self._tell_decoded
 
     @property
     def looks_at_prompts(self) -> bool:
@@ -135,7 +146,7 @@ class PrefillRouter:
             return after
         turn, cost_in = node.ranks.index(after), self._cost_in(prompt)
         in_turn = node.ranks[turn:] + node.ranks[:turn]
-        return min(in_turn, key=lambda rank: cost_in(self._queue(node, rank.number)))
+        return min(in_turn, key=lambda rank: (cost_in(self._queue(node, rank.number)), prompt.rank(str(rank.number))))
 
     def sent(self, node: Node, rank: Rank | None, prompt: Prompt) -> Sent:
         """Count it on the node, for as long as this is entered."""
@@ -172,14 +183,19 @@ class PrefillRouter:
 
     # -- what each costs
 
-    def _costs(self, prompt: Prompt) -> Callable[[Node], float]:
+    def _costs(self, prompt: Prompt) -> Callable[[Node], Cost]:
         """Of the policy, as of now."""
         if self._policy == "round-robin":
-            return lambda _: 0.0
+            return lambda _: (0.0, 0)
         if self._policy == "least-load":
             return fewest_requests
         cost_in = self._cost_in(prompt)
-        return lambda node: min(cost_in(self._queue(node, number)) for number in [r.number for r in node.ranks] or (0,))
+
+        def cost(node: Node) -> Cost:
+            ranks = [rank.number for rank in node.ranks] or (0,)
+            return min(cost_in(self._queue(node, number)) for number in ranks), prompt.rank(node.spec.url)
+
+        return cost
 
     def _cost_in(self, prompt: Prompt) -> Callable[[Queue], float]:
         """Of one rank, as of now, in seconds. Work on an idle one is cheap, so that a prompt that everybody sends is
@@ -205,6 +221,10 @@ class PrefillRouter:
             self._notices.write(["begin", self._told, *place, prompt.tokens, prompt.pieces], prompt.keys)
         return self._told
 
+    def _tell_decoded(self, url: str, prompt: Prompt) -> None:
+        if self._notices is not None:
+            self._notices.write(["decoded", 0, url, prompt.tokens, prompt.pieces], prompt.keys)
+
     def _tell_end(self, number: int, told: Prefilled | None) -> None:
         if self._notices is not None and self.looks_at_prompts:
             self._notices.write(["end", number, told and [told.prompt_tokens, told.cached_tokens]])
@@ -216,7 +236,10 @@ class PrefillRouter:
                 self._forget(worker)
                 continue
             (kind, number, *rest), keys = notice
-            if kind == "begin":
+            if kind == "decoded" and self._decodes is not None:
+                url, tokens, pieces = rest
+                self._decodes.heard(url, Prompt(keys, pieces, tokens))
+            elif kind == "begin":
                 url, rank, tokens, pieces = rest
                 self._others_begin((worker, number), url, rank, Prompt(keys, pieces, tokens))
             elif (under_way := self._others.pop((worker, number), None)) is not None:

@@ -4,6 +4,7 @@ Without a tokenizer: over the bytes that become the prompt, in pieces of a fixed
 of ids. Two requests whose prompts begin alike have their first keys in common.
 """
 
+import zlib
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -33,31 +34,37 @@ class Prompt:
     """How many pieces all of it is; the last one may be a part."""
     tokens: int = 0
     """About how many it has in all; exactly, once a node has said so."""
+    session: bytes = b""
+    """The client's X-Session-ID: of nodes that are equal otherwise each session has one of its own."""
 
     @property
     def piece_tokens(self) -> float:
         """Of each piece."""
         return self.tokens / self.pieces
 
+    def rank(self, place: str) -> int:
+        """Of a place for the session: the lowest is its own, in every process and in every life of the proxy."""
+        return zlib.crc32(self.session + place.encode()) if self.session else 0
 
-def prompt_of(body: JSONObject, tokens: int) -> Prompt:
+
+def prompt_of(body: JSONObject, tokens: int, session: bytes = b"") -> Prompt:
     """`tokens`: an estimate (`Asked.tokens`). Never raises: what cannot be a prompt has no keys."""
     seed = hash(_bytes([body.get(name) for name in _FOR_ALL_OF_IT]))
     ids = body.get("prompt")
     if isinstance(ids, list) and ids and is_ids(ids):
         pieces = [tuple(ids[at : at + PIECE_IDS]) for at in _starts(len(ids), PIECE_IDS)]
-        return _prompt(seed, pieces, len(ids) / PIECE_IDS, tokens)
+        return _prompt(seed, pieces, len(ids) / PIECE_IDS, tokens, session)
     text = b"".join(_text(body[name]) for name in _IN_ORDER if body.get(name))
     if not text:
-        return Prompt(tokens=tokens)
+        return Prompt(tokens=tokens, session=session)
     return _prompt(seed, [text[at : at + PIECE_BYTES] for at in _starts(len(text), PIECE_BYTES)],
-                   len(text) / PIECE_BYTES, tokens)  # fmt: skip
+                   len(text) / PIECE_BYTES, tokens, session)  # fmt: skip
 
 
-def _prompt(seed: int, whole: list[Any], pieces: float, tokens: int) -> Prompt:
+def _prompt(seed: int, whole: list[Any], pieces: float, tokens: int, session: bytes) -> Prompt:
     keys = accumulate(whole, lambda parent, piece: hash((parent, piece)), initial=seed)
     next(keys)
-    return Prompt(tuple(keys), pieces, tokens)
+    return Prompt(tuple(keys), pieces, tokens, session)
 
 
 def _starts(size: int, piece: int) -> range:

@@ -25,6 +25,7 @@ from ..nodes.pauses import Pauses
 from ..nodes.prober import Prober
 from ..nodes.topology import Stamp
 from ..nodes.transfer import TransferWatch
+from ..routing.decode import DecodeRouter
 from ..routing.prefill import PrefillRouter
 from ..settings import ProxySettings
 from ..upstream.client import Headers
@@ -64,6 +65,7 @@ class Components:
         json = (b"content-type", b"application/json")
         self.releaser = Releaser(self.fleet, clients, self.metrics, [json, *node_headers])
         self.stored = StoredResponses(self.fleet, clients, node_headers)
+        decodes = DecodeRouter(self.fleet)
         self.plane = DataPlane(
             settings,
             self.fleet,
@@ -72,7 +74,8 @@ class Components:
             self.releaser,
             RetryBudget(),
             self.stored,
-            PrefillRouter(settings.prefill_policy, self.fleet, board.journal),
+            PrefillRouter(settings.prefill_policy, self.fleet, decodes, board.journal),
+            decodes,
         )
         self.endpoint = Endpoint(self.plane, self.keys, self.admission, self.receiver, self.memory, node_headers)
         self.prober = Prober(settings, self.fleet, self.watch, node_headers, self.pauses, self._after_a_probe)

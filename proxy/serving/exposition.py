@@ -1,6 +1,7 @@
 """`/metrics`: the figures of all workers and each node's state, in Prometheus' format."""
 
 import platform
+import time
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -77,15 +78,22 @@ class _Nodes(Collector):
     def collect(self) -> Iterable[Metric]:
         usable = GaugeMetricFamily("pd_node_usable", "1 when the node gets requests.", labels=["node", "role"])
         in_flight = GaugeMetricFamily("pd_node_in_flight", "Legs on the node now.", labels=["node", "role"])
+        live = GaugeMetricFamily(
+            "pd_node_live_tokens", "Of running requests, prompts and about what was generated.", labels=["node"]
+        )
+        now = time.monotonic()
         breaker = GaugeMetricFamily("pd_node_breaker_open", "1 when requests failed in a row.", labels=["node", "role"])
         for node in self._fleet:
             labels = [node.spec.name, node.spec.role.value]
             usable.add_metric(labels, float(node.usable))
             in_flight.add_metric(labels, node.load)
             breaker.add_metric(labels, float(node.breaker.is_open))
+            if node.spec.role is Role.DECODE:
+                live.add_metric(labels[:1], round(node.live_tokens(now)))
         yield usable
         yield in_flight
         yield breaker
+        yield live
         yield self._fenced()
         yield from self._transfers()
 

@@ -5,6 +5,7 @@ One worker probes for all. When it dies another one does.
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ from .board import Board
 logger = logging.getLogger("pd_proxy.workers")
 
 _SHARE_EVERY_S = 0.1
+_NOTHING = (0, 0, 0, 0)
+"""Of a node that a worker does not know: see `Share`."""
 _TRY_TO_LEAD_EVERY_S = 0.25
 
 
@@ -67,7 +70,11 @@ class Sharing:
         self._before()
         self._metrics.forget_nodes({node.spec.name for node in self._fleet})
         if self._board.is_shared:
-            shares = {node.spec.name: [node.in_flight, node.hand_offs, node.handed_tokens] for node in self._fleet}
+            now = time.monotonic()
+            shares = {
+                node.spec.name: [node.in_flight, node.hand_offs, node.handed_tokens, round(node.live.count(now))]
+                for node in self._fleet
+            }
             self._board.write({"metrics": self._metrics.snapshot(), "nodes": shares})
             self._board.read()
             self._take_in_the_others()
@@ -89,16 +96,17 @@ class Sharing:
     def _take_in_the_others(self) -> None:
         alive, all_rows = self._board.others(), self._board.others(alive=False)
         for node in self._fleet:
-            now = [row["nodes"].get(node.spec.name, (0, 0, 0)) for row in alive]
-            ever = [row["nodes"].get(node.spec.name, (0, 0, 0)) for row in all_rows]
+            now = [row["nodes"].get(node.spec.name, _NOTHING) for row in alive]
+            ever = [row["nodes"].get(node.spec.name, _NOTHING) for row in all_rows]
             hand_offs, tokens = sum(share[1] for share in ever), sum(share[2] for share in ever)
-            node.elsewhere = Share(sum(share[0] for share in now), hand_offs, tokens)
+            live_tokens = sum(share[3] for share in now)
+            node.elsewhere = Share(sum(share[0] for share in now), hand_offs, tokens, live_tokens)
 
     def _inherit(self, row: JSONObject) -> None:
         """The row of a worker that died: its counts are ours now, its requests are gone."""
         self._metrics.adopt(row["metrics"])
         for node in self._fleet:
-            _, node.hand_offs, node.handed_tokens = row["nodes"].get(node.spec.name, (0, 0, 0))
+            _, node.hand_offs, node.handed_tokens, _ = row["nodes"].get(node.spec.name, _NOTHING)
 
     def _finding(self, node: Node) -> JSONObject:
         gauges = node.gauges

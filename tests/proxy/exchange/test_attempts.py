@@ -38,6 +38,7 @@ from proxy.exchange.release import Releaser
 from proxy.exchange.retry import RetryBudget
 from proxy.metrics import Metrics
 from proxy.nodes.fleet import Fleet
+from proxy.routing.decode import DecodeRouter
 from proxy.routing.prefill import PrefillRouter
 from proxy.settings import ProxySettings
 from proxy.upstream.client import NodeClosedError
@@ -343,8 +344,9 @@ async def play(world: World, body: dict[str, Any], disturbance: str, nodes: Flee
     releaser = Releaser(nodes, clients, metrics, [])
     budget = RetryBudget()
     budget._left = 5
-    prefills = PrefillRouter("prefix-cost", nodes)
-    plane = DataPlane(ProxySettings(), nodes, clients, metrics, releaser, budget, cast("Any", None), prefills)
+    decodes = DecodeRouter(nodes)
+    prefills = PrefillRouter("prefix-cost", nodes, decodes)
+    plane = DataPlane(ProxySettings(), nodes, clients, metrics, releaser, budget, cast("Any", None), prefills, decodes)
     request = Request("/v1/completions", asked("/v1/completions", orjson.dumps(body)), "id", [])
     presences: list[Presence] = []
 

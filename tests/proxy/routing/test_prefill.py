@@ -172,7 +172,7 @@ class Notices:
 def two_workers() -> tuple[PrefillRouter, Notices, PrefillRouter, Notices]:
     here, there = Notices(), Notices()
     here.other, there.other = there.mine, here.mine
-    routers = [PrefillRouter("prefix-cost", fleet(2), notices, lambda: 0.0) for notices in (here, there)]
+    routers = [PrefillRouter("prefix-cost", fleet(2), None, notices, lambda: 0.0) for notices in (here, there)]
     return routers[0], here, routers[1], there
 
 
