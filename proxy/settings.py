@@ -86,6 +86,11 @@ class ProxySettings(BaseModel):
     min_prefill_tokens: int = Field(
         0, ge=0, description="Answer prompts shorter than about this by a decode node alone."
     )
+    split: Literal["always", "when-faster"] = Field(
+        "always",
+        description="Hand every prompt over; or let a decode node alone answer what it has its first token of sooner, "
+        "as measured here.",
+    )
     prefill_policy: Literal["prefix-cost", "least-load", "round-robin"] = Field(
         "prefix-cost",
         description="Which prefill node computes a prompt: the one that is through with it first, what it has cached "
@@ -153,6 +158,8 @@ class ProxySettings(BaseModel):
     def _what_belongs_together(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("TLS needs both, --tls-certificate and --tls-key")
+        if self.split != "always" and self.without_prefill == "refuse":
+            raise ValueError("--split when-faster lets decode nodes compute prompts, --without-prefill refuse does not")
         if self.admin_port is not None and not self.admin_key:
             raise ValueError("an admin port needs a key: set PD_PROXY_ADMIN_KEY")
         if self.admin_key and self.admin_key in self.api_keys:

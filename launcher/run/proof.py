@@ -127,7 +127,9 @@ async def _prove_store(plan: Plan, show: Callable[[str], None]) -> Proof:
 
 
 async def _ask_a_pair(client: httpx.AsyncClient, plan: Plan, question: str, show: Callable[[str], None]) -> int:
-    """Make the question as long as the proxy wants a prompt to be before it hands it over (`--min-prefill-tokens`)."""
+    """Make the question as long as the proxy wants a prompt to be before it hands it over (`--min-prefill-tokens`,
+    `--split`).
+    """
     for longer in range(_LONGER_TRIES):
         try:
             return await _ask(client, plan, question, show)
@@ -137,7 +139,8 @@ async def _ask_a_pair(client: httpx.AsyncClient, plan: Plan, question: str, show
             if not longer:
                 raise
             break  # the model takes no longer one
-    raise KVNotMovedError("the proxy hands over no prompt, however long", "Lower its --min-prefill-tokens")
+    hint = "Lower its --min-prefill-tokens, or leave --split out"
+    raise KVNotMovedError("the proxy hands over no prompt, however long", hint)
 
 
 async def _ask(client: httpx.AsyncClient, plan: Plan, question: str, show: Callable[[str], None]) -> int:
@@ -155,7 +158,7 @@ async def _ask(client: httpx.AsyncClient, plan: Plan, question: str, show: Calla
             text = (await answer.aread()).decode("utf-8", "replace")
             kind = _RefusedError if answer.status_code == httpx.codes.BAD_REQUEST else LauncherError
             raise kind(f"the first request failed with {answer.status_code}: {text}", f"Logs: {plan.run_dir}")
-        if "short-prompt" in answer.headers.get("x-pd-path", ""):
+        if any(reason in answer.headers.get("x-pd-path", "") for reason in ("short-prompt", "faster-alone")):
             raise _TooShortError
         async for line in answer.aiter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":

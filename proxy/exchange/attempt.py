@@ -20,7 +20,8 @@ from ..errors import (
 )
 from ..nodes.node import Lease, Node
 from ..routing.prefill import Audit
-from ..routing.prompts import Prompt, prompt_of
+from ..routing.prompts import Prompt
+from ..routing.split import Outlook
 from ..upstream.client import Answer
 from ..upstream.deadline import Deadline
 from .deliver import Delivery
@@ -87,6 +88,7 @@ class Attempt:
         record, request, node = self._record, self._request, seat.node
         record.path, record.reason = "aggregated", reason
         leg = self._leg(node)
+        began = time.perf_counter()
         try:
             deadline = Deadline(self._plane.settings.whole_answer_timeout_s, "answer", is_everybodys=True)
             answer = await leg.open(request.asked.body, request.headers, deadline)
@@ -100,6 +102,8 @@ class Attempt:
                 self._delivery.pass_on(answer.status, answer.headers, first + rest)
                 return
             record.first_event = time.perf_counter()
+            uncached = self._prompt.tokens - self._plane.decodes.cached(node, self._prompt)
+            self._plane.split.alone.add(uncached, record.first_event - began)
             self._decodes(seat)
             await self._delivery.relay(leg, answer, first, route, None)
         finally:
@@ -117,6 +121,8 @@ class Attempt:
             return "data-parallel"
         if self._would_kill(seat.node, prompt_tokens=1):
             return "may-be-refused"
+        if self._is_faster_alone(prefill, rank, seat.node):
+            return "faster-alone"
         hand_off = self._plane.fleet.connector.hand_off(prefill.spec.bootstrap, rank)
         with PinnedKV(hand_off, self._request.asked.body.get("model"), self._plane.releaser) as kv:
             self._record.transfer_id = kv.id
@@ -131,28 +137,43 @@ class Attempt:
             await self._decode(seat, route, kv, prefilled)
         return None
 
+    def _is_faster_alone(self, prefill: Node, rank: Rank | None, decode: Node) -> bool:
+        """Whether a decode node alone has its first token sooner. Never for one that is bound to certain nodes."""
+        plane, prompt = self._plane, self._prompt
+        if not plane.split.is_wanted or self._only.prefill is not None:
+            return False
+        backlog_s, uncached = plane.prefills.outlook(prefill, rank, prompt)
+        uncached_at_decode = prompt.tokens - plane.decodes.cached(decode, prompt)
+        streams = decode.live.streams + decode.elsewhere.streams
+        return plane.split.is_faster_alone(Outlook(prompt.tokens, uncached, backlog_s, uncached_at_decode, streams))
+
     # -- prefill
 
     def _look_at_prompt(self) -> Prompt:
         """What the choice of nodes looks at."""
         asked, same = self._request.asked, self._request.same_prompt
         session = next((value for name, value in self._request.headers if name == b"x-session-id"), b"")
-        if not (self._plane.prefills.looks_at_prompts or self._plane.decodes.looks_at_prompts):
-            return Prompt(tokens=asked.tokens, session=session)
+        prefills = self._plane.prefills
+        with_keys = prefills.looks_at_prompts or self._plane.decodes.looks_at_prompts
         if same is None:
-            return prompt_of(asked.body, asked.tokens, session)
+            return prefills.read(asked.body, asked.tokens, session, with_keys=with_keys)
         if same.prompt is None:
-            same.prompt = prompt_of(asked.body, asked.tokens, session)
+            same.prompt = prefills.read(asked.body, asked.tokens, session, with_keys=with_keys)
         return same.prompt
 
     async def _counted_prefill(
         self, node: Node, rank: Rank | None, route: Route, kv: PinnedKV, *, dies_of_refusals: bool
     ) -> Prefilled | str:
         """`_prefill`, on the node's account while it lasts."""
-        with node.lease(for_request=True), self._plane.prefills.sent(node, rank, self._prompt) as sent:
+        plane = self._plane
+        backlog_s, _ = plane.prefills.outlook(node, rank, self._prompt) if plane.split.is_wanted else (0.0, 0.0)
+        with node.lease(for_request=True), plane.prefills.sent(node, rank, self._prompt) as sent:
             prefilled = await self._prefill(node, rank, route, kv, dies_of_refusals=dies_of_refusals)
             sent.prefilled = None if isinstance(prefilled, str) else prefilled
         self._note_audit(node, sent.audit)
+        if sent.prefilled is not None and plane.split.is_wanted:
+            uncached = sent.prefilled.prompt_tokens - (sent.prefilled.cached_tokens or 0)
+            plane.split.prefill.add(max(uncached, 0), max(self._record.prefill_s - backlog_s, 0.0))
         return prefilled
 
     def _note_audit(self, node: Node, audit: Audit | None) -> None:
@@ -382,6 +403,7 @@ class Attempt:
         now = time.perf_counter()
         self._record.hand_off_s = now - began
         self._record.first_event = now
+        self._plane.split.hand_off.add(prefilled.prompt_tokens, now - began)
 
     def _decodes(self, seat: Lease) -> None:
         """Its node has the prompt, and what it looks like matters no more: a stream may be long."""

@@ -14,6 +14,7 @@ from ..nodes.node import Node
 from ..routing.decode import DecodeRouter
 from ..routing.prefill import PrefillRouter
 from ..routing.prompts import Prompt
+from ..routing.split import Split
 from ..settings import ProxySettings
 from ..upstream.client import Answer, Headers
 from .filters import StreamFilter
@@ -38,6 +39,7 @@ class DataPlane:
     stored: "StoredResponses"
     prefills: PrefillRouter
     decodes: DecodeRouter
+    split: Split
 
 
 @dataclass(slots=True)

@@ -26,6 +26,7 @@ class Share:
     hand_offs: int = 0
     handed_tokens: int = 0
     live_tokens: int = 0
+    streams: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -58,7 +59,7 @@ class Node:
     live: LiveTokens = field(default_factory=LiveTokens)
     """KV that running requests hold here."""
     elsewhere: Share = field(default_factory=Share)
-    """What the proxy's other worker processes have of these four."""
+    """What the proxy's other worker processes have of these."""
     life: int = 0
     """Grows with every start of it that is noticed."""
     probed_at: float = 0.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Protocol, Self
 
-from engines.base import Prefilled, Rank, Role
+from engines.base import JSONObject, Prefilled, Rank, Role
 
 from ..nodes.fleet import Fleet
 from ..nodes.node import Node
@@ -20,12 +20,16 @@ from .backlog import FIRST_RATE, Backlog
 from .decode import DecodeRouter
 from .policy import Cost, choose, fewest_requests
 from .prefixes import Expected, PrefixModel
-from .prompts import Prompt
+from .prompts import Prompt, prompt_of, without_keys
 
 _IDLE_PRICE = 1.5
 _HIGHEST_PRICE = 8.0
 _ALIKE = 1.25
 """Rates of nodes that differ by less are taken to be one."""
+_MOST_WRONG = 8.0
+"""How many times more, or fewer, tokens a guess may be corrected to."""
+_WEIGHT = 0.05
+"""Of the newest prompt in the correction of guesses."""
 _BLOCK_TOKENS = 16
 """vLLM's block on GPUs; what is cached is a multiple of a block."""
 
@@ -119,6 +123,8 @@ class PrefillRouter:
         self._queues = 0
         self._under_way = 0
         self._usual_rate = FIRST_RATE
+        self._correction = 1.0
+        """Tokens of a prompt to those guessed."""
         self._policy = policy
         self._decodes = decodes
         if decodes is not None and notices is not None:
@@ -131,6 +137,19 @@ class PrefillRouter:
             return False
         nodes = self._fleet.of(Role.PREFILL)
         return len(nodes) > 1 or any(len(node.ranks) > 1 for node in nodes)
+
+    def read(self, body: JSONObject, tokens: int, session: bytes = b"", *, with_keys: bool) -> Prompt:
+        """The prompt of a body; `tokens`: a guess, made better by what nodes have counted so far."""
+        prompt = (prompt_of if with_keys else without_keys)(body, tokens, session)
+        if prompt.guess:
+            prompt.tokens = round(prompt.guess * self._correction)
+        return prompt
+
+    def outlook(self, node: Node, rank: Rank | None, prompt: Prompt) -> tuple[float, float]:
+        """(seconds until the node is through with what it has, tokens of the prompt that it would compute)."""
+        queue = self._queue(node, rank.number if rank else 0)
+        backlog_s = queue.backlog.seconds(queue.backlog.rate or self._usual_rate, self._now())
+        return max(backlog_s, 0.0), prompt.tokens - queue.prefixes.cached(prompt)
 
     def choose(
         self, prompt: Prompt, avoid: Collection[Node] = (), model: object = None, partner: Node | None = None
@@ -178,8 +197,14 @@ class PrefillRouter:
         queue.backlog.end(under_way.number, self._now(), told.prompt_tokens - _cached(told))
         others = (other for known in self._known.values() for other in known.queues.values())
         rates = [other.backlog.rate for other in others if other.backlog.rate is not None]
+        self._correct(under_way.prompt.guess, told.prompt_tokens)
         self._usual_rate = median(rates) if rates else FIRST_RATE
         return _learn(under_way, told)
+
+    def _correct(self, guess: int, tokens: int) -> None:
+        if guess:
+            found = min(max(tokens / guess, 1 / _MOST_WRONG), _MOST_WRONG)
+            self._correction += _WEIGHT * (found - self._correction)
 
     # -- what each costs
 

@@ -34,6 +34,8 @@ class Prompt:
     """How many pieces all of it is; the last one may be a part."""
     tokens: int = 0
     """About how many it has in all; exactly, once a node has said so."""
+    guess: int = 0
+    """What `tokens` was before it was corrected by experience; 0 for a prompt of ids, which are counted."""
     session: bytes = b""
     """The client's X-Session-ID: of nodes that are equal otherwise each session has one of its own."""
 
@@ -47,24 +49,37 @@ class Prompt:
         return zlib.crc32(self.session + place.encode()) if self.session else 0
 
 
+def without_keys(body: JSONObject, tokens: int, session: bytes = b"") -> Prompt:
+    """... where the choice does not depend on what is cached."""
+    return Prompt(tokens=tokens, guess=0 if _are_ids(body.get("prompt")) else tokens, session=session)
+
+
 def prompt_of(body: JSONObject, tokens: int, session: bytes = b"") -> Prompt:
     """`tokens`: an estimate (`Asked.tokens`). Never raises: what cannot be a prompt has no keys."""
+    found = without_keys(body, tokens, session)
+    found.keys, found.pieces = _keys_of(body)
+    return found
+
+
+def _keys_of(body: JSONObject) -> tuple[tuple[int, ...], float]:
+    """The keys, and how many pieces all of the prompt is."""
     seed = hash(_bytes([body.get(name) for name in _FOR_ALL_OF_IT]))
     ids = body.get("prompt")
     if isinstance(ids, list) and ids and is_ids(ids):
-        pieces = [tuple(ids[at : at + PIECE_IDS]) for at in _starts(len(ids), PIECE_IDS)]
-        return _prompt(seed, pieces, len(ids) / PIECE_IDS, tokens, session)
+        whole: list[Any] = [tuple(ids[at : at + PIECE_IDS]) for at in _starts(len(ids), PIECE_IDS)]
+        return _chained(seed, whole), len(ids) / PIECE_IDS
     text = b"".join(_text(body[name]) for name in _IN_ORDER if body.get(name))
-    if not text:
-        return Prompt(tokens=tokens, session=session)
-    return _prompt(seed, [text[at : at + PIECE_BYTES] for at in _starts(len(text), PIECE_BYTES)],
-                   len(text) / PIECE_BYTES, tokens, session)  # fmt: skip
+    whole = [text[at : at + PIECE_BYTES] for at in _starts(len(text), PIECE_BYTES)]
+    return _chained(seed, whole), len(text) / PIECE_BYTES or 1.0
 
 
-def _prompt(seed: int, whole: list[Any], pieces: float, tokens: int, session: bytes) -> Prompt:
-    keys = accumulate(whole, lambda parent, piece: hash((parent, piece)), initial=seed)
-    next(keys)
-    return Prompt(tuple(keys), pieces, tokens, session)
+def _chained(seed: int, pieces: list[Any]) -> tuple[int, ...]:
+    return tuple(accumulate(pieces, lambda parent, piece: hash((parent, piece)), initial=seed))[1:]
+
+
+def _are_ids(prompt: Any) -> bool:
+    """By the first, of what was not looked at whole."""
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
 
 
 def _starts(size: int, piece: int) -> range:

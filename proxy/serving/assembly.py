@@ -27,6 +27,7 @@ from ..nodes.topology import Stamp
 from ..nodes.transfer import TransferWatch
 from ..routing.decode import DecodeRouter
 from ..routing.prefill import PrefillRouter
+from ..routing.split import Split
 from ..settings import ProxySettings
 from ..upstream.client import Headers
 from . import admin, tls
@@ -76,6 +77,7 @@ class Components:
             self.stored,
             PrefillRouter(settings.prefill_policy, self.fleet, decodes, board.journal),
             decodes,
+            Split(settings.split == "when-faster"),
         )
         self.endpoint = Endpoint(self.plane, self.keys, self.admission, self.receiver, self.memory, node_headers)
         self.prober = Prober(settings, self.fleet, self.watch, node_headers, self.pauses, self._after_a_probe)

@@ -21,6 +21,7 @@ from engines.base import Role
 from ..metrics import BETWEEN, EDGES_S, Counts, Metrics, Seconds
 from ..nodes.fleet import Fleet
 from ..nodes.transfer import TransferWatch
+from ..routing.split import Split
 from .board import Board
 
 
@@ -32,13 +33,16 @@ def own_version() -> str:
         return "unknown"
 
 
-def text(metrics: Metrics, board: Board, fleet: Fleet, watch: TransferWatch, down: Iterable[str]) -> bytes:
+def text(  # noqa: PLR0913, PLR0917  all there is to tell
+    metrics: Metrics, board: Board, fleet: Fleet, watch: TransferWatch, split: Split, down: Iterable[str]
+) -> bytes:
     """The sum over all workers, and each node's state. `down`: background tasks that are not running now."""
     registry = CollectorRegistry()
     counted = [metrics.snapshot(), *(row["metrics"] for row in board.others(alive=False))]
     now = [metrics.snapshot(), *(row["metrics"] for row in board.others())]
     registry.register(_Own(metrics, counted, now))
     registry.register(_Nodes(fleet, watch))
+    registry.register(_Crossover(split))
     registry.register(_Build(tuple(down)))
     if not board.is_shared:  # else each scrape would tell of another process
         ProcessCollector(registry=registry)
@@ -66,6 +70,19 @@ class _Own(Collector):
                 labels = key.split(BETWEEN) if seconds.labels else []
                 histogram.add_metric(labels, _cumulated(buckets), total)
             yield histogram
+
+
+class _Crossover(Collector):
+    """Of the worker that is asked: each learns its own."""
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+
+    def collect(self) -> Iterable[Metric]:
+        tokens = self._split.crossover_tokens
+        if tokens is not None:
+            name, text = "pd_split_crossover_tokens", "Prompts shorter than this are answered by a decode node alone."
+            yield GaugeMetricFamily(name, text, value=tokens)
 
 
 class _Nodes(Collector):

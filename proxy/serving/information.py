@@ -46,6 +46,8 @@ def add_routes(app: FastAPI, parts: Components) -> None:
         now = status()
         nodes = [_node_health(node, watch) for node in fleet]
         told: JSONObject = {"status": now, "nodes": nodes}
+        if parts.plane.split.is_wanted:
+            told["split"] = {"crossover_tokens": parts.plane.split.crossover_tokens}
         if parts.settings.canary_interval_s:
             told["canary"] = _canary_health(fleet)
         if parts.supervisor.down:
@@ -70,7 +72,7 @@ def add_routes(app: FastAPI, parts: Components) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         parts.sharing.share()
-        text = exposition.text(parts.plane.metrics, parts.board, fleet, watch, parts.supervisor.down)
+        text = exposition.text(parts.plane.metrics, parts.board, fleet, watch, parts.plane.split, parts.supervisor.down)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -21,7 +21,7 @@ from .board import Board
 logger = logging.getLogger("pd_proxy.workers")
 
 _SHARE_EVERY_S = 0.1
-_NOTHING = (0, 0, 0, 0)
+_NOTHING = (0, 0, 0, 0, 0)
 """Of a node that a worker does not know: see `Share`."""
 _TRY_TO_LEAD_EVERY_S = 0.25
 
@@ -72,7 +72,13 @@ class Sharing:
         if self._board.is_shared:
             now = time.monotonic()
             shares = {
-                node.spec.name: [node.in_flight, node.hand_offs, node.handed_tokens, round(node.live.count(now))]
+                node.spec.name: [
+                    node.in_flight,
+                    node.hand_offs,
+                    node.handed_tokens,
+                    round(node.live.count(now)),
+                    node.live.streams,
+                ]
                 for node in self._fleet
             }
             self._board.write({"metrics": self._metrics.snapshot(), "nodes": shares})
@@ -99,14 +105,14 @@ class Sharing:
             now = [row["nodes"].get(node.spec.name, _NOTHING) for row in alive]
             ever = [row["nodes"].get(node.spec.name, _NOTHING) for row in all_rows]
             hand_offs, tokens = sum(share[1] for share in ever), sum(share[2] for share in ever)
-            live_tokens = sum(share[3] for share in now)
-            node.elsewhere = Share(sum(share[0] for share in now), hand_offs, tokens, live_tokens)
+            in_flight, live_tokens, streams = (sum(share[place] for share in now) for place in (0, 3, 4))
+            node.elsewhere = Share(in_flight, hand_offs, tokens, live_tokens, streams)
 
     def _inherit(self, row: JSONObject) -> None:
         """The row of a worker that died: its counts are ours now, its requests are gone."""
         self._metrics.adopt(row["metrics"])
         for node in self._fleet:
-            _, node.hand_offs, node.handed_tokens, _ = row["nodes"].get(node.spec.name, _NOTHING)
+            _, node.hand_offs, node.handed_tokens, *_ = row["nodes"].get(node.spec.name, _NOTHING)
 
     def _finding(self, node: Node) -> JSONObject:
         gauges = node.gauges

@@ -40,6 +40,7 @@ from proxy.metrics import Metrics
 from proxy.nodes.fleet import Fleet
 from proxy.routing.decode import DecodeRouter
 from proxy.routing.prefill import PrefillRouter
+from proxy.routing.split import Split
 from proxy.settings import ProxySettings
 from proxy.upstream.client import NodeClosedError
 
@@ -346,7 +347,18 @@ async def play(world: World, body: dict[str, Any], disturbance: str, nodes: Flee
     budget._left = 5
     decodes = DecodeRouter(nodes)
     prefills = PrefillRouter("prefix-cost", nodes, decodes)
-    plane = DataPlane(ProxySettings(), nodes, clients, metrics, releaser, budget, cast("Any", None), prefills, decodes)
+    plane = DataPlane(
+        ProxySettings(),
+        nodes,
+        clients,
+        metrics,
+        releaser,
+        budget,
+        cast("Any", None),
+        prefills,
+        decodes,
+        Split(is_wanted=False),
+    )
     request = Request("/v1/completions", asked("/v1/completions", orjson.dumps(body)), "id", [])
     presences: list[Presence] = []
 

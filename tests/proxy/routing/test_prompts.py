@@ -75,7 +75,7 @@ def test_a_list_that_is_no_prompt_of_ids_is_looked_at_as_text() -> None:
 
 
 def test_no_prompt_has_no_keys() -> None:
-    assert prompt_of({"model": "m"}, 3) == Prompt(tokens=3)
+    assert prompt_of({"model": "m"}, 3) == Prompt(tokens=3, guess=3)
 
 
 @given(

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from engines.sim.timing import Speeds
 from tests.parity import MODEL
 from tests.processes import Proxy, Sim, proxy_in_front_of, sim_node
 
@@ -51,6 +52,32 @@ def test_nothing_is_computed_twice_whichever_process_gets_it(workers: int) -> No
     needed, done, right = converse_all("prefix-cost", workers, at_once=4)
     assert done <= 1.25 * needed
     assert right >= 0.95
+
+
+SLOW_HAND_OFF = Speeds(prefill_token_s=0.0005, decode_s=0.001, hand_off_s=0.2)
+
+
+def test_short_prompts_go_alone_where_the_hand_off_is_dear_and_long_ones_never() -> None:
+    flags = [*LONG, "--speeds", SLOW_HAND_OFF.model_dump_json()]
+    with (
+        sim_node("prefill", flags=flags) as prefill,
+        sim_node("decode", flags=flags) as decode,
+        proxy_in_front_of(prefill, decode, flags=["--split", "when-faster"]) as proxy,
+    ):
+
+        def path(words: int) -> str:
+            body = {"model": MODEL, "prompt": "word " * words, "max_tokens": 2, "stream": True}
+            answer = httpx.post(f"{proxy.url}/v1/completions", json=body, timeout=120)
+            assert answer.status_code == 200, answer.text
+            return answer.headers["x-pd-path"]
+
+        assert proxy.health()["split"] == {"crossover_tokens": None}
+        for words in (4, 8, 16, 100, 4, 8, 16, 100):
+            assert path(words) == "disaggregated", "nothing is known yet"
+        assert {path(4) for _ in range(4)} == {"aggregated; reason=faster-alone"}
+        assert path(1000) == "disaggregated"
+        assert proxy.metric("pd_aggregated_total", reason="faster-alone") == 4
+        assert proxy.metric("pd_split_crossover_tokens") == proxy.health()["split"]["crossover_tokens"] > 20
 
 
 def test_in_turn_nearly_all_is_computed_twice() -> None:
