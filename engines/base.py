@@ -22,6 +22,18 @@ class Role(StrEnum):
     DECODE = "decode"
 
 
+class NodeRole(StrEnum):
+    """What a node is there for."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+    """Prefill in one exchange and decode in another, never both in one hand-off."""
+
+    def does(self, role: Role) -> bool:
+        return self in ("both", role)
+
+
 @dataclass(frozen=True, slots=True)
 class Parallel:
     """How many devices of a node do what: each of its `data` engines is `tensor` * `pipeline` workers."""

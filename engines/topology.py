@@ -6,6 +6,8 @@ Written whole by whatever starts nodes (pd-launch on this host, or any other sch
      "nodes": [{"name": "prefill-0", "role": "prefill", "url": "http://10.0.0.1:8100",
                 "bootstrap": "http://10.0.0.1:8998"},
                {"name": "decode-0", "role": "decode", "url": "http://10.0.0.2:8200"}]}
+
+A node of the role "both" prefills for some requests and decodes for others; it has a bootstrap server, too.
 """
 
 from typing import Annotated, Self
@@ -13,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from .base import Role
+from .base import NodeRole, Role
 from .connectors.names import CONNECTORS, ConnectorName
 from .known import EngineName
 
@@ -41,10 +43,10 @@ class Node(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(min_length=1)
-    role: Role
+    role: NodeRole
     url: BaseURL
     bootstrap: BaseURL | None = None
-    """Where a prefill node's Mooncake bootstrap server answers, as seen from the *decode nodes*."""
+    """Where the Mooncake bootstrap server of a node that prefills answers, as seen from the *decode nodes*."""
     drain: bool = False
     """It gets no new requests; what runs there goes on."""
 
@@ -76,8 +78,8 @@ class Topology(BaseModel):
         if CONNECTORS[self.connector].has_bootstrap:
             without = [node.name for node in self.of(Role.PREFILL) if node.bootstrap is None]
             if without:
-                raise ValueError(f"prefill node {without[0]!r} needs 'bootstrap', the address of its bootstrap server")
+                raise ValueError(f"node {without[0]!r} needs 'bootstrap', the address of its bootstrap server")
         return self
 
     def of(self, role: Role) -> tuple[Node, ...]:
-        return tuple(node for node in self.nodes if node.role is role)
+        return tuple(node for node in self.nodes if node.role.does(role))

@@ -25,7 +25,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from engines.base import Role, foreign_owners
+from engines.base import NodeRole, foreign_owners
 from engines.connectors import mooncake
 from engines.topology import Node, Topology
 
@@ -87,12 +87,16 @@ def _serve(**given: Any) -> None:
 def settings_from(told: Mapping[str, Any], environment: Mapping[str, str]) -> ProxySettings:
     """The settings that flags and file name, `topology` for the file of nodes. Raises UsageError, ValidationError."""
     values = dict(told)
-    prefill, decode = values.pop("prefill", None) or [], values.pop("decode", None) or []
+    prefill, decode, both = (values.pop(role.value, None) or [] for role in NodeRole)
     connector = values.pop("connector", "MooncakeConnector")
     values["topology_file"] = values.pop("topology", None)
-    if values["topology_file"] is None and not (prefill and decode):
-        raise UsageError("which nodes? Give --prefill and --decode at least once each, or --topology FILE")
-    listed = {"connector": connector, "nodes": (*_prefill_nodes(prefill), *_decode_nodes(decode))}
+    can_hand_over = (prefill or both) and (decode or both) and len(prefill + decode + both) > 1
+    if values["topology_file"] is None and not can_hand_over:
+        raise UsageError(
+            "which nodes? Give --prefill and --decode at least once each, --both at least twice, or --topology FILE"
+        )
+    nodes = (*_with_bootstrap(NodeRole.PREFILL, prefill), *_decode_nodes(decode), *_with_bootstrap(NodeRole.BOTH, both))
+    listed = {"connector": connector, "nodes": nodes}
     values["topology"] = Topology.model_validate(listed)
     values["api_keys"] = _keys_in(environment)
     values |= {name: environment.get(variable) or None for name, variable in _SECRETS.items()}
@@ -179,7 +183,7 @@ def _in_file(file: Path) -> dict[str, Any]:
         raise UsageError(f"{file} is not YAML: {' '.join(str(exc).split())}") from exc
     if not isinstance(told, dict):
         raise UsageError(f"{file} is no list of settings")
-    known = {_FLAG_NAMES.get(name, name) for name in flagged_settings()} | {"prefill", "decode", "connector"}
+    known = {_FLAG_NAMES.get(name, name) for name in flagged_settings()} | {*NodeRole, "connector"}
     found = {str(name).replace("-", "_"): value for name, value in told.items()}
     for name in found.keys() - known:
         raise UsageError(f"{file}: there is no setting {name!r} (secrets come from the environment)")
@@ -188,7 +192,7 @@ def _in_file(file: Path) -> dict[str, Any]:
     return found
 
 
-def _prefill_nodes(values: list[str]) -> list[Node]:
+def _with_bootstrap(role: NodeRole, values: list[str]) -> list[Node]:
     nodes = []
     for number, value in enumerate(values):
         url, _, port = value.partition(" ")
@@ -196,12 +200,12 @@ def _prefill_nodes(values: list[str]) -> list[Node]:
             port = str(mooncake.DEFAULT_BOOTSTRAP_PORT)
         host = urlsplit(url).hostname or ""
         bootstrap = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        nodes.append(Node(name=f"prefill-{number}", role=Role.PREFILL, url=url, bootstrap=bootstrap))
+        nodes.append(Node(name=f"{role}-{number}", role=role, url=url, bootstrap=bootstrap))
     return nodes
 
 
 def _decode_nodes(values: list[str]) -> list[Node]:
-    return [Node(name=f"decode-{number}", role=Role.DECODE, url=url) for number, url in enumerate(values)]
+    return [Node(name=f"decode-{number}", role=NodeRole.DECODE, url=url) for number, url in enumerate(values)]
 
 
 # -- the command line
@@ -220,6 +224,8 @@ def _parameters() -> Iterator[inspect.Parameter]:
     )
     yield _parameter("prefill", list[str] | None, prefill)
     yield _parameter("decode", list[str] | None, typer.Option(metavar="URL", help="A decode node. Repeat for more."))
+    both = typer.Option(metavar="URL [BOOTSTRAP_PORT]", help="A node that does both, likewise. Repeat for more.")
+    yield _parameter("both", list[str] | None, both)
     connector = typer.Option(metavar="NAME", help="The nodes' KV connector, when they are given by flags.")
     yield _parameter("connector", str | None, connector)
     config = typer.Option(metavar="FILE", help="Settings from a YAML file; flags come before them.")
@@ -300,10 +306,12 @@ def _die(message: str) -> None:
 
 
 def _join_bootstrap_ports(args: list[str]) -> list[str]:
-    """`--prefill URL PORT`, as vLLM's example proxy takes it, becomes one value: `--prefill "URL PORT"`."""
+    """`--prefill URL PORT`, as vLLM's example proxy takes it, becomes one value: `--prefill "URL PORT"`; so does
+    `--both URL PORT`.
+    """
     joined: list[str] = []
     for arg in args:
-        if len(joined) >= 2 and joined[-2] == "--prefill" and (arg.isdigit() or arg.lower() == "none"):
+        if len(joined) >= 2 and joined[-2] in ("--prefill", "--both") and (arg.isdigit() or arg.lower() == "none"):
             joined[-1] += f" {arg}"
         else:
             joined.append(arg)

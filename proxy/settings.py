@@ -96,6 +96,10 @@ class ProxySettings(BaseModel):
         description="Which prefill node computes a prompt: the one that is through with it first, what it has cached "
         "of it and its queue considered; the one with the fewest requests; or the next.",
     )
+    ttft_target_s: float = Field(
+        2, gt=0, description="Nodes that do both turn to prefill when a new prompt would wait longer than this,"
+    )
+    tpot_target_s: float = Field(0.1, gt=0, description="... and to decode when a token takes longer than this.")
     without_prefill: Literal["aggregated", "refuse"] = Field(
         "aggregated",
         description="When no prefill node is usable: let decode nodes compute prompts too, or refuse (503).",

@@ -58,7 +58,7 @@ class Up:
 
     def kv_in_use(self) -> float:
         """Summed over all nodes: the shares of KV blocks that are in use or held for a hand-off."""
-        urls = (*self.nodes("prefill"), *self.nodes("decode"))
+        urls = [url for role in ("prefill", "decode", "both") for url in self.nodes(role)]
         return sum(metric(url, "vllm:kv_cache_usage_perc") for url in urls)
 
     def health(self) -> dict[str, Any]:

@@ -140,14 +140,14 @@ def sim_node(  # noqa: PLR0913  a node's settings
     port = port or free_port()
     config = {
         "kv_connector": connector,
-        "kv_role": {"prefill": "kv_producer", "decode": "kv_consumer"}[role],
+        "kv_role": {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}[role],
         "kv_load_failure_policy": policy,
     }
     command = [sys.executable, "-P", "-m", "engines.sim", "--served-model-name", MODEL, "--port", str(port)]
     command += ["--kv-transfer-config", json.dumps(config), *flags]
     env = {"VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT": str(timeout_s)}
     bootstrap = None
-    if role == "prefill":
+    if role != "decode":
         bootstrap_port = bootstrap_port or free_port()
         env["VLLM_MOONCAKE_BOOTSTRAP_PORT"] = str(bootstrap_port)
         bootstrap = f"http://127.0.0.1:{bootstrap_port}"
@@ -234,7 +234,7 @@ def proxy_in_front_of(
     port = free_port()
     command = [sys.executable, "-P", "-m", "proxy.cli", "--port", str(port), "--canary-interval-s", "0", *flags]
     for node in nodes:
-        bootstrap_port = [(node.bootstrap or "").rpartition(":")[2]] if node.role == "prefill" else []
+        bootstrap_port = [(node.bootstrap or "").rpartition(":")[2]] if node.bootstrap else []
         command += [f"--{node.role}", node.url, *bootstrap_port]
     with running(command, env) as process:
         proxy = Proxy(f"http://127.0.0.1:{port}", process)

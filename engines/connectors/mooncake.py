@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import count, takewhile
 from typing import Literal
 
-from ..base import JSONObject, Rank, Role, new_id
+from ..base import JSONObject, NodeRole, Rank, new_id
 
 DEFAULT_BOOTSTRAP_PORT = 8998
 PORTS_PER_TRANSFER_ENGINE = 2
@@ -80,8 +80,11 @@ def engine_ids(query: object) -> dict[int, str]:
     return {rank: ids[rank] for rank in takewhile(ids.__contains__, count())}
 
 
+KV_ROLES = {NodeRole.PREFILL: "kv_producer", NodeRole.DECODE: "kv_consumer", NodeRole.BOTH: "kv_both"}
+
+
 def kv_transfer_config(
-    role: Role, protocol: Protocol, rdma_devices: tuple[str, ...] = (), *, on_cpu: bool
+    role: NodeRole, protocol: Protocol, rdma_devices: tuple[str, ...] = (), *, on_cpu: bool
 ) -> JSONObject:
     """The value of vLLM's `--kv-transfer-config`.
 
@@ -92,7 +95,7 @@ def kv_transfer_config(
     """
     config: JSONObject = {
         "kv_connector": "MooncakeConnector",
-        "kv_role": "kv_producer" if role is Role.PREFILL else "kv_consumer",
+        "kv_role": KV_ROLES[role],
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"mooncake_protocol": protocol},
     }

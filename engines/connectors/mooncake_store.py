@@ -8,8 +8,8 @@ computes the rest. Source: vLLM 0.32, kv_connector/v1/mooncake/store/.
 import json
 from dataclasses import dataclass
 
-from ..base import JSONObject, Rank, Role
-from .mooncake import Protocol
+from ..base import JSONObject, NodeRole, Rank
+from .mooncake import KV_ROLES, Protocol
 
 MASTER = "mooncake_master"
 _SEGMENT = "256MB"
@@ -42,11 +42,11 @@ class MooncakeStoreConnector:
         return HandOff()
 
 
-def kv_transfer_config(role: Role, *, on_cpu: bool) -> JSONObject:
+def kv_transfer_config(role: NodeRole, *, on_cpu: bool) -> JSONObject:
     """The value of vLLM's `--kv-transfer-config`."""
     config: JSONObject = {
         "kv_connector": "MooncakeStoreConnector",
-        "kv_role": "kv_producer" if role is Role.PREFILL else "kv_consumer",
+        "kv_role": KV_ROLES[role],
         "kv_load_failure_policy": "recompute",
     }
     if on_cpu:

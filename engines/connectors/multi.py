@@ -5,7 +5,7 @@ save to the store and find there what another one computed. To the proxy it is M
 Source: vLLM 0.32, kv_connector/v1/multi_connector.py.
 """
 
-from ..base import JSONObject, Role
+from ..base import JSONObject, NodeRole
 from . import mooncake, mooncake_store
 from .mooncake import Protocol
 
@@ -20,7 +20,7 @@ class MultiConnector(mooncake.MooncakeConnector):
 
 
 def kv_transfer_config(
-    role: Role, protocol: Protocol, rdma_devices: tuple[str, ...] = (), *, on_cpu: bool
+    role: NodeRole, protocol: Protocol, rdma_devices: tuple[str, ...] = (), *, on_cpu: bool
 ) -> JSONObject:
     """The value of vLLM's `--kv-transfer-config`.
 
@@ -32,7 +32,7 @@ def kv_transfer_config(
     if not on_cpu:
         direct |= {"kv_connector": "CountedMooncakeConnector", "kv_connector_module_path": PLUGIN}
     shared = mooncake_store.kv_transfer_config(role, on_cpu=on_cpu)
-    if role is Role.PREFILL:
+    if role is not NodeRole.DECODE:
         shared["kv_role"] = "kv_both"  # it saves, and finds what others have saved (vLLM #42994)
     return {
         "kv_connector": "MultiConnector",

@@ -15,14 +15,14 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from ..base import Role
+from ..base import NodeRole
 from ..connectors import mooncake
 from .faults import Faults
 from .kv import TOTAL_BLOCKS
 from .server import Settings, SimNode, make_app, make_bootstrap_app
 from .timing import Speeds
 
-_ROLES = {"kv_producer": Role.PREFILL, "kv_consumer": Role.DECODE}
+_ROLES = {kv_role: role for role, kv_role in mooncake.KV_ROLES.items()}
 
 
 class _Protocol(HttpToolsProtocol):
@@ -44,12 +44,18 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--num-gpu-blocks-override", type=int, default=TOTAL_BLOCKS)
     parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
     parser.add_argument("--as-version", default="sim", help="of vLLM, to behave as")
     parser.add_argument("--faults", type=Faults.model_validate_json, default=Faults(), help="from the start, as JSON")
     parser.add_argument("--speeds", type=Speeds.model_validate_json, help="how long it takes, as JSON: timing.py")
     parser.add_argument("--kv-transfer-config", type=json.loads, default={})
     options, _ = parser.parse_known_args()
     asyncio.run(_Server(options).run())
+
+
+def _caches(options: argparse.Namespace, role: NodeRole | None) -> bool:
+    """As pd-launch starts them over TCP, decode nodes do not."""
+    return role is not NodeRole.DECODE if options.enable_prefix_caching is None else options.enable_prefix_caching
 
 
 class _BootstrapServer(uvicorn.Server):
@@ -79,6 +85,7 @@ class _Server:
                 "block_size": str(options.block_size),
                 "cache_dtype": options.kv_cache_dtype,
                 "num_gpu_blocks": str(options.num_gpu_blocks_override),
+                "enable_prefix_caching": str(_caches(options, _ROLES.get(config.get("kv_role")))),
             },
             version=options.as_version,
             speeds=options.speeds,
@@ -93,7 +100,7 @@ class _Server:
 
     async def run(self) -> None:
         bootstrap = None
-        if self._node.settings.role is Role.PREFILL:
+        if self._node.settings.role not in (None, NodeRole.DECODE):
             bootstrap = _BootstrapServer(_config(make_bootstrap_app(self._node)))
             bootstrap_task = asyncio.create_task(bootstrap.serve([_listen(self._bootstrap_address)]))
         app = make_app(self._node)

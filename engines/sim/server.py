@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from ..base import JSONObject, Role
+from ..base import JSONObject, NodeRole
 from ..openai.errors import error_body
 from ..vllm import bodies, versions
 from . import tokens
@@ -44,7 +44,7 @@ class Settings:
 
     names: tuple[str, ...]
     """The model's; the first is the one that answers give."""
-    role: Role | None
+    role: NodeRole | None
     max_model_len: int
     load_failure_policy: str
     transfer_timeout_s: float
@@ -109,7 +109,8 @@ class SimNode:
         if speeds is not None:
             most = block_tokens * total_blocks
             self.loops = [EngineLoop(speeds, self.kv.room, most) for _ in range(self.settings.ranks)]
-        self.prefixes = [PrefixCache(block_tokens, total_blocks) for _ in range(self.settings.ranks)]
+        caches = layout.get("enable_prefix_caching") != "False"
+        self.prefixes = [PrefixCache(block_tokens, total_blocks) for _ in range(self.settings.ranks * caches)]
         self.client = httpx.AsyncClient(trust_env=False)
         self.background: set[asyncio.Task[Any]] = set()
         self.stored: dict[str, JSONObject] = {}
@@ -294,8 +295,8 @@ class SimNode:
         return sum(map(len, wanted.prompts)) - sum(wanted.found)
 
     def _compute(self, prompt: tuple[int, ...], rank: int) -> int:
-        """How many of its tokens were cached. Decode nodes have no prefix cache, as pd-launch starts them over TCP."""
-        return 0 if self.settings.role is Role.DECODE else self.prefixes[rank].compute(prompt)
+        """How many of its tokens were cached."""
+        return self.prefixes[rank].compute(prompt) if self.prefixes else 0
 
     async def _transferred(self, wanted: Wanted) -> tuple[tuple[int, ...], ...] | None:
         """The KV each sequence asked for. None: it did not come, and the policy is to compute it here.
@@ -427,8 +428,8 @@ class SimNode:
 
     def _die_of_the_wrong_role(self, kv: JSONObject) -> None:
         """An assertion in vLLM's scheduler: the engine core dies, and the API server with it."""
-        wrong = {Role.PREFILL: "do_remote_prefill", Role.DECODE: "do_remote_decode"}
-        if self.settings.role and kv.get(wrong[self.settings.role]):
+        wrong = {NodeRole.PREFILL: "do_remote_prefill", NodeRole.DECODE: "do_remote_decode"}
+        if kv.get(wrong.get(self.settings.role)):  # type: ignore[arg-type]
             print("AssertionError: EngineCore encountered a fatal error", file=sys.stderr, flush=True)  # noqa: T201
             os._exit(1)
 

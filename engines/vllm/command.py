@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..base import JSONObject, Parallel, Role
+from ..base import JSONObject, NodeRole, Parallel, Role
 from ..connectors import mooncake, mooncake_store, multi
 from ..connectors.names import ConnectorName
 
@@ -148,7 +148,7 @@ class Store:
 class Launch:
     """What one node is started with; the plan fills it in."""
 
-    role: Role
+    role: NodeRole
     model: str
     served_names: tuple[str, ...]
     """What clients may call it; the first is the one that answers name."""
@@ -205,7 +205,7 @@ def _may_be_written_to_late(launch: Launch) -> bool:
     answered from for ever after. Seen on a live pair, and made at will by delaying that one thread.
     """
     pulls = launch.connector in ("MooncakeConnector", "MultiConnector")
-    return launch.role is Role.DECODE and pulls and launch.protocol == "tcp"
+    return launch.role.does(Role.DECODE) and pulls and launch.protocol == "tcp"
 
 
 def _kv_transfer_config(launch: Launch) -> JSONObject:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from engines.base import Role
+from engines.base import NodeRole
 from engines.known import ENGINES
 
 from ..plan.config import TINY_MODEL, LaunchConfig
@@ -32,8 +32,8 @@ def _of_folder(config: LaunchConfig, plan: Plan, facts: HostFacts) -> Iterator[F
         yield error(f"--model {config.model} has no config.json in it", "", "Is it the model's own folder?")
     elif not model.is_folder and Path(config.model).suffix != ".gguf":
         yield error(f"--model {config.model} is a file", "", "Give the model's folder")
-    for role in Role:
-        tensor = plan.of(role)[0].seat.tensor
+    for role in NodeRole:
+        tensor = next((node.seat.tensor for node in plan.of_kind(role)), 1)
         if model.attention_heads and model.attention_heads % tensor:
             yield error(
                 f"{role} nodes: the model's {model.attention_heads} attention heads cannot be split over {tensor} GPUs",

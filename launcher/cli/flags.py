@@ -15,7 +15,7 @@ from ..plan.lockfile import LockFile
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": ("model", "served_model_name", "max_model_len", "engine", "engine_python", "any_version"),
     "Nodes": (
-        "prefill", "decode", "device", "devices", "prefill_devices", "decode_devices", "tensor_parallel",
+        "prefill", "decode", "both", "device", "devices", "prefill_devices", "decode_devices", "tensor_parallel",
         "pipeline_parallel", "data_parallel", "args", "prefill_args", "decode_args", "node_args", "env", "node_env",
     ),
     "KV transfer": ("connector", "transfer_protocol", "rdma_devices", "transfer_timeout_s"),
@@ -116,6 +116,6 @@ def _metavar(name: str) -> str:
         return "FIRST-LAST"
     if isinstance(LaunchConfig.model_fields[name].default, PerRole):
         return "N"
-    if name in ("prefill", "decode", "proxy_port") or name.endswith(("_s", "_len", "_node")):
+    if name in ("prefill", "decode", "both", "proxy_port") or name.endswith(("_s", "_len", "_node")):
         return "N"
     return _METAVARS.get(name, "TEXT")

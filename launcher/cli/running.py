@@ -122,12 +122,14 @@ def restart(node: Annotated[str, typer.Argument(autocompletion=_nodes)], run_dir
 def scale(
     prefill: Annotated[int | None, typer.Option(metavar="N", help="Number of prefill nodes.")] = None,
     decode: Annotated[int | None, typer.Option(metavar="M", help="Number of decode nodes.")] = None,
+    both: Annotated[int | None, typer.Option(metavar="K", help="Number of nodes that do both.")] = None,
     run_dir: RunDir = None,
 ) -> None:
     """Start further nodes on free ports of the ranges, or drain and stop the last ones. Ctrl-C breaks it off."""
-    if prefill is None and decode is None:
-        raise ConfigError("how many? Give --prefill N, --decode M, or both")
-    command = {"do": "scale", "prefill": prefill, "decode": decode}
+    numbers = {"prefill": prefill, "decode": decode, "both": both}
+    if not any(number is not None for number in numbers.values()):
+        raise ConfigError("how many? Give --prefill N, --decode M, --both K, or several of them")
+    command = {"do": "scale", **numbers}
     operate.tell(runs.choose(run_dir, alive=True), command, say)
 
 

@@ -17,6 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from engines.base import NodeRole
+
 from ..check.findings import Checked, Finding
 from ..inspect import logs as log_files
 from ..inspect.logs import Line
@@ -48,9 +50,13 @@ def _line(console: Console, text: str) -> None:
 
 def plan(console: Console, made: Plan, *, verbose: bool) -> None:
     """In a few lines; with `verbose` every child with its environment and command."""
-    prefill, decode = (sum(node.role == role for node in made.nodes) for role in ("prefill", "decode"))
+    counts = ((role, len(made.of_kind(role))) for role in NodeRole)
+    nodes = ", ".join(f"{number} {role}" for role, number in counts if number)
     _line(console, f"{', '.join(made.served_names)} on {made.proxy_url}")
-    _line(console, f"{prefill} prefill, {decode} decode: {made.engine} on {made.device}")
+    _line(
+        console,
+        f"{nodes}: {made.engine} on {made.device}",
+    )
     _line(console, f"{made.connector} over {made.protocol}: {made.protocol_why}")
     if made.download is not None:
         _line(console, f"model {made.download.model}: fetched first, if it is not in the cache")

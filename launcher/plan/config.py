@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from engines.base import Role
+from engines.base import NodeRole
 from engines.connectors.names import LaunchedConnector
 from engines.known import EngineName
 from engines.vllm.command import Device, owned
@@ -91,13 +91,19 @@ class PerRole(BaseModel):
     prefill: int | None = Field(None, ge=1)
     decode: int | None = Field(None, ge=1)
 
-    def of(self, role: Role) -> int | None:
-        return self.prefill if role is Role.PREFILL else self.decode
+    def of(self, role: NodeRole) -> int | None:
+        """Nodes that do both have the size of both."""
+        return self.decode if role is NodeRole.DECODE else self.prefill
+
+    @property
+    def is_one(self) -> bool:
+        return self.prefill == self.decode
 
     def __str__(self) -> str:
-        if self.prefill == self.decode:
+        if self.is_one:
             return str(self.prefill)
-        return ",".join(f"{role}={size}" for role in Role if (size := self.of(role)) is not None)
+        sizes = {"prefill": self.prefill, "decode": self.decode}
+        return ",".join(f"{role}={size}" for role, size in sizes.items() if size is not None)
 
 
 def _parse_range(value: Any) -> Any:
@@ -189,8 +195,14 @@ class LaunchConfig(BaseModel):
     )
     max_model_len: int | None = Field(None, ge=1, description="Longest prompt plus answer, in tokens.")
 
-    prefill: int = Field(1, ge=1, description="Number of prefill nodes.")
-    decode: int = Field(1, ge=1, description="Number of decode nodes.")
+    prefill: int = Field(1, ge=0, description="Number of prefill nodes.")
+    decode: int = Field(1, ge=0, description="Number of decode nodes.")
+    both: int = Field(
+        0,
+        ge=0,
+        description="Number of nodes that prefill for some requests and decode for others, as load needs it; then the "
+        "default of the other two is 0.",
+    )
     device: Device = Field("cpu", description="What the engines compute on.")
     devices: Names = Field((), description="GPUs to share out: 0,1,2,3, as CUDA numbers them here, or UUIDs.")
     prefill_devices: Names = Field((), description="... to prefill nodes only.")
@@ -249,6 +261,43 @@ class LaunchConfig(BaseModel):
     drain_timeout_s: float = Field(120, ge=0, description="How long `restart` and `scale` wait for running answers.")
     stop_timeout_s: float = Field(20, ge=0, description="How long a node may take to stop before it is killed.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_others_beside_those_that_do_both(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("both"):
+            return {"prefill": 0, "decode": 0} | given
+        return given
+
+    @model_validator(mode="after")
+    def _can_hand_over(self) -> Self:
+        if not self.prefill + self.both or not self.decode + self.both or self.prefill + self.decode + self.both < 2:
+            raise ValueError(
+                f"--prefill {self.prefill}, --decode {self.decode} and --both {self.both} cannot hand over: a run needs "
+                "a node that prefills and another one that decodes"
+            )
+        if not self.both:
+            return self
+        if self.connector != "MooncakeConnector":
+            raise ValueError(f"both: nodes that do both hand over with the MooncakeConnector, not the {self.connector}")
+        if self.prefill_devices or self.decode_devices:
+            raise ValueError("both: does not go with prefill_devices and decode_devices; use devices")
+        for name in ("tensor_parallel", "pipeline_parallel", "data_parallel"):
+            if not getattr(self, name).is_one:
+                raise ValueError(f"both: nodes that do both have one size; give {name} one number")
+        return self
+
+    @property
+    def numbers(self) -> dict[NodeRole, int]:
+        """Of nodes, in the order in which they get what is handed out."""
+        return {NodeRole.PREFILL: self.prefill, NodeRole.DECODE: self.decode, NodeRole.BOTH: self.both}
+
+    @property
+    def nodes_in_words(self) -> str:
+        """Like: 1 prefill and 2 decode nodes and 2 nodes that do both."""
+        fixed = " and ".join(f"{number} {role}" for role, number in self.numbers.items() if number and role != "both")
+        both = [f"{self.both} nodes that do both"] if self.both else []
+        return " and ".join([*([f"{fixed} nodes"] if fixed else []), *both])
+
     @model_validator(mode="after")
     def _leaves_the_plan_its_flags(self) -> Self:
         given = {
@@ -288,9 +337,9 @@ class LaunchConfig(BaseModel):
             raise ValueError("devices: are GPUs, and --device is cpu; add --device cuda, or leave --devices away")
         return self
 
-    def arguments_of(self, role: Role, node: str) -> tuple[str, ...]:
+    def arguments_of(self, role: NodeRole, node: str) -> tuple[str, ...]:
         """Further flags of one node, in the order in which the last of equal ones counts."""
-        of_role = self.prefill_args if role is Role.PREFILL else self.decode_args
+        of_role = {NodeRole.PREFILL: self.prefill_args, NodeRole.DECODE: self.decode_args}.get(role, ())
         own = (words for name, words in self._of_nodes("node_args", "") if name == node)
         return (*self.args, *of_role, *own)
 
@@ -306,9 +355,9 @@ class LaunchConfig(BaseModel):
         words = own or [word for match, word in matches if match is None]
         return tuple(name for word in words for name in word.split(","))
 
-    def devices_of(self, role: Role) -> tuple[str, ...]:
+    def devices_of(self, role: NodeRole) -> tuple[str, ...]:
         """Those that only nodes of this role get."""
-        return self.prefill_devices if role is Role.PREFILL else self.decode_devices
+        return {NodeRole.PREFILL: self.prefill_devices, NodeRole.DECODE: self.decode_devices}.get(role, ())
 
     def _of_nodes(self, field: str, example: str) -> list[tuple[str, str]]:
         """(node, the rest) of each NODE=REST. Raises ValueError for one that is not of that form."""

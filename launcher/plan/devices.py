@@ -5,15 +5,16 @@ order: `--devices 0` is the first of them, whatever its number is on the host.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
-from engines.base import Parallel, Role
+from engines.base import NodeRole, Parallel
 
 from ..errors import ConfigError
 from .config import LaunchConfig, flag_of
 from .facts import Gpu, HostFacts
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-Shares = dict[Role, list[tuple[str, ...]]]
+Shares = dict[NodeRole, list[tuple[str, ...]]]
 """Of each role, the devices of one node after the other."""
 
 
@@ -31,7 +32,7 @@ def visible(facts: HostFacts) -> tuple[Gpu, ...]:
     return tuple(found)
 
 
-def parallel_of(config: LaunchConfig, role: Role, devices: int | None = None) -> Parallel:
+def parallel_of(config: LaunchConfig, role: NodeRole, devices: int | None = None) -> Parallel:
     """The sizes of a role's nodes; the tensor parallelism that none is given for is what `devices` leave for it.
 
     Raises ConfigError.
@@ -51,17 +52,19 @@ def parallel_of(config: LaunchConfig, role: Role, devices: int | None = None) ->
 
 def shares_of(config: LaunchConfig, facts: HostFacts) -> Shares:
     """Raises ConfigError when the GPUs there are do not suffice, or cannot be shared out."""
-    numbers = {Role.PREFILL: config.prefill, Role.DECODE: config.decode}
+    numbers = config.numbers
     if config.device == "cpu":
         return {role: [()] * number for role, number in numbers.items()}
     if config.prefill_devices:
-        return {role: _of_role(config, facts, role, number) for role, number in numbers.items()}
+        return {role: _of_role(config, facts, role, number) if number else [] for role, number in numbers.items()}
     if config.devices and not _has_tensor(config):
         return _even(config, resolved(config.devices, facts), numbers)
     return _in_order(config, facts, numbers)
 
 
-def left_over(config: LaunchConfig, facts: HostFacts, role: Role, used: Sequence[str], needed: int) -> tuple[str, ...]:
+def left_over(
+    config: LaunchConfig, facts: HostFacts, role: NodeRole, used: Sequence[str], needed: int
+) -> tuple[str, ...]:
     """So many devices for one more node. Raises ConfigError."""
     if config.device == "cpu":
         return ()
@@ -116,10 +119,10 @@ def _choosable(facts: HostFacts) -> list[Gpu]:
 
 
 def _has_tensor(config: LaunchConfig) -> bool:
-    return any(config.tensor_parallel.of(role) for role in Role)
+    return any(config.tensor_parallel.of(role) for role in NodeRole)
 
 
-def _of_role(config: LaunchConfig, facts: HostFacts, role: Role, number: int) -> list[tuple[str, ...]]:
+def _of_role(config: LaunchConfig, facts: HostFacts, role: NodeRole, number: int) -> list[tuple[str, ...]]:
     devices = resolved(config.devices_of(role), facts)
     flag = flag_of(f"{role}_devices")
     if len(devices) % number:
@@ -134,7 +137,7 @@ def _of_role(config: LaunchConfig, facts: HostFacts, role: Role, number: int) ->
     return _each_once(_cut(devices, [share] * number))
 
 
-def _even(config: LaunchConfig, devices: Sequence[str], numbers: dict[Role, int]) -> Shares:
+def _even(config: LaunchConfig, devices: Sequence[str], numbers: dict[NodeRole, int]) -> Shares:
     nodes = sum(numbers.values())
     if len(devices) % nodes:
         raise ConfigError(
@@ -145,11 +148,10 @@ def _even(config: LaunchConfig, devices: Sequence[str], numbers: dict[Role, int]
     share = len(devices) // nodes
     for role in numbers:
         parallel_of(config, role, share)
-    cut = _each_once(_cut(devices, [share] * nodes))
-    return {Role.PREFILL: cut[: numbers[Role.PREFILL]], Role.DECODE: cut[numbers[Role.PREFILL] :]}
+    return _by_role(_each_once(_cut(devices, [share] * nodes)), numbers)
 
 
-def _in_order(config: LaunchConfig, facts: HostFacts, numbers: dict[Role, int]) -> Shares:
+def _in_order(config: LaunchConfig, facts: HostFacts, numbers: dict[NodeRole, int]) -> Shares:
     """As many as each node's sizes need, one after the other."""
     sizes = [parallel_of(config, role).workers for role, number in numbers.items() for _ in range(number)]
     needed = sum(sizes)
@@ -163,11 +165,15 @@ def _in_order(config: LaunchConfig, facts: HostFacts, numbers: dict[Role, int]) 
         kept = f" ({len(facts.locked_gpus)} are kept by another pd-launch)" if facts.locked_gpus else ""
         here = f"--devices names {len(devices)}" if config.devices else f"{len(devices)} can be used here{kept}"
         raise ConfigError(
-            f"{config.prefill} prefill and {config.decode} decode nodes need {needed} GPUs, and {here}",
+            f"{config.nodes_in_words} need {needed} GPUs, and {here}",
             "Start fewer nodes, or smaller ones; name one twice with --devices to put two nodes on it",
         )
-    cut = _each_once(_cut(devices, sizes))
-    return {Role.PREFILL: cut[: numbers[Role.PREFILL]], Role.DECODE: cut[numbers[Role.PREFILL] :]}
+    return _by_role(_each_once(_cut(devices, sizes)), numbers)
+
+
+def _by_role(shares: list[tuple[str, ...]], numbers: dict[NodeRole, int]) -> Shares:
+    rest = iter(shares)
+    return {role: list(islice(rest, number)) for role, number in numbers.items()}
 
 
 def _each_once(shares: Iterator[tuple[str, ...]]) -> list[tuple[str, ...]]:

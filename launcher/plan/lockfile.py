@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from engines.base import Role
+from engines.base import NodeRole
 
 from .. import private
 from ..errors import ConfigError
@@ -47,7 +47,7 @@ class LockFile(BaseModel):
         """Of a run as it is now: nodes may have come, gone, or moved to other ports."""
         shown = plan.without_secrets()
         same: dict[str, Any] = {"run_dir": None, "env": _hidden(config.env)}
-        same |= {str(role): len(plan.of(role)) for role in Role}
+        same |= {str(role): len(plan.of_kind(role)) for role in NodeRole}
         same |= {name: without_secrets(getattr(config, name)) for name in _COMMANDS}
         same["node_env"] = tuple(map(_hidden_pair, config.node_env))
         same["node_args"] = _hidden_node_args(config.node_args)

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 from pydantic import Field
 
 from engines import topology
-from engines.base import Role
+from engines.base import NodeRole, Role
 from engines.connectors import mooncake
 from engines.connectors.names import ConnectorName
 from engines.known import EngineName
@@ -45,7 +45,7 @@ class NodeProcess(Process):
     """A serving engine."""
 
     kind: Literal["service", "node", "proxy"] = "node"
-    role: Role
+    role: NodeRole
     url: str
     bootstrap: str | None
     devices: tuple[str, ...] = ()
@@ -114,6 +114,11 @@ class Plan(Frozen):
         return tuple(dict.fromkeys(device for node in self.nodes for device in node.devices))
 
     def of(self, role: Role) -> tuple[NodeProcess, ...]:
+        """Those that do it, if need be among other things."""
+        return tuple(node for node in self.nodes if node.role.does(role))
+
+    def of_kind(self, role: NodeRole) -> tuple[NodeProcess, ...]:
+        """Those that are there for just this."""
         return tuple(node for node in self.nodes if node.role is role)
 
     def topology(self, draining: Collection[str] = ()) -> topology.Topology:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, count, pairwise
 from pathlib import Path
 
-from engines.base import Role
+from engines.base import NodeRole
 from engines.connectors import mooncake, mooncake_store
 from engines.known import ENGINES
 from engines.vllm import command
@@ -78,12 +78,12 @@ def make_plan(config: LaunchConfig, facts: HostFacts, seats: Sequence[Seat] = ()
     )
 
 
-def another_node(plan: Plan, config: LaunchConfig, facts: HostFacts, role: Role) -> NodeProcess:
+def another_node(plan: Plan, config: LaunchConfig, facts: HostFacts, role: NodeRole) -> NodeProcess:
     """A further node of a role for a plan that runs. Raises ConfigError or PortBusyError."""
     names = {node.name for node in plan.nodes}
     name = next(name for number in count() if (name := f"{role}-{number}") not in names)
     used = [device for node in plan.nodes for device in node.devices]
-    devices = left_over(config, facts, role, used, len(plan.of(role)[0].devices))
+    devices = left_over(config, facts, role, used, len(plan.of_kind(role)[0].devices))
     seat = seat_for(config, Room(config, facts), name, role, devices)
     return _node(_as_decided(config, plan), facts, seat, plan.run_dir, plan.temporary)
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
-from engines.base import Parallel, Role
+from engines.base import NodeRole, Parallel, Role
 from engines.connectors.names import CONNECTORS
 from engines.known import ENGINES
 
@@ -46,7 +46,7 @@ class Seat(Frozen):
     """A node's share of everything that is handed out in order."""
 
     name: str
-    role: Role
+    role: NodeRole
     http_port: int
     bootstrap_port: int | None
     transfer_ports: tuple[int, int]
@@ -94,10 +94,10 @@ class Room:
 def seats_of(config: LaunchConfig, facts: HostFacts, room: Room) -> Iterator[Seat]:
     """Prefill nodes first, each range from its first port: on a quiet host a configuration is always the same plan."""
     shares = shares_of(config, facts)
-    seats = [(role, number, devices) for role in Role for number, devices in enumerate(shares[role])]
+    seats = [(role, number, devices) for role in NodeRole for number, devices in enumerate(shares[role])]
     slices = [config.transfer_ports_per_node * _parallel(config, role, own).workers for role, _, own in seats]
     _fits(config, "http_ports", config.http_ports, len(seats))
-    _fits(config, "bootstrap_ports", config.bootstrap_ports, config.prefill)
+    _fits(config, "bootstrap_ports", config.bootstrap_ports, config.prefill + config.both)
     _fits(config, "transfer_ports", config.transfer_ports, sum(slices))
     if has_store(config):
         _fits(config, "store_ports", config.store_ports, 2)
@@ -106,14 +106,14 @@ def seats_of(config: LaunchConfig, facts: HostFacts, room: Room) -> Iterator[Sea
         yield seat_for(config, room, f"{role}-{number}", role, devices)
 
 
-def seat_for(config: LaunchConfig, room: Room, name: str, role: Role, devices: tuple[str, ...]) -> Seat:
+def seat_for(config: LaunchConfig, room: Room, name: str, role: NodeRole, devices: tuple[str, ...]) -> Seat:
     """Raises PortBusyError."""
     parallel = _parallel(config, role, devices)
     slice_size = config.transfer_ports_per_node * parallel.workers
     transfer = room.take("transfer_ports", slice_size, transfer_ports_drawn(config, parallel.workers))
     clients = store_client_ports_drawn(parallel.workers)
     client = room.take("store_client_ports", _STORE_CLIENT_PORTS, clients) if has_store(config) else None
-    has_bootstrap = role is Role.PREFILL and CONNECTORS[config.connector].has_bootstrap
+    has_bootstrap = role.does(Role.PREFILL) and CONNECTORS[config.connector].has_bootstrap
     return Seat(
         name=name,
         role=role,
@@ -128,7 +128,7 @@ def seat_for(config: LaunchConfig, room: Room, name: str, role: Role, devices: t
     )
 
 
-def _parallel(config: LaunchConfig, role: Role, devices: tuple[str, ...]) -> Parallel:
+def _parallel(config: LaunchConfig, role: NodeRole, devices: tuple[str, ...]) -> Parallel:
     return parallel_of(config, role, len(devices) or None)
 
 
@@ -202,7 +202,6 @@ def _check_transfer_range(ports: PortRange) -> None:
 def _fits(config: LaunchConfig, name: str, ports: PortRange, needed: int) -> None:
     if len(ports) < needed:
         raise ConfigError(
-            f"{flag_of(name)} {ports} has {len(ports)} ports, {config.prefill} prefill and {config.decode} decode "
-            f"nodes need {needed}",
+            f"{flag_of(name)} {ports} has {len(ports)} ports, {config.nodes_in_words} need {needed}",
             f"For example {flag_of(name)} {ports.first}-{ports.first + needed - 1}",
         )

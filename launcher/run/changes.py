@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from engines.base import Role
+from engines.base import NodeRole
 from engines.vllm import metrics
 
 from ..check import gpus, machine
@@ -40,8 +40,8 @@ class Changes:
             match command:
                 case {"do": "restart", "node": str(name)}:
                     await self._restart(name)
-                case {"do": "scale", "prefill": prefill, "decode": decode} if _is_size(prefill) and _is_size(decode):
-                    await self._scale({Role.PREFILL: prefill, Role.DECODE: decode})
+                case {"do": "scale", **numbers} if _are_sizes(numbers):
+                    await self._scale({NodeRole(role): number for role, number in numbers.items()})
                 case _:
                     raise ConfigError(f"unknown command {command!r}")
 
@@ -69,9 +69,11 @@ class Changes:
             raise LauncherError(f"{name} did not start again; trying on: {error}", f"Its log is {life.spec.log}")
         self._events.say(f"{name} is ready again.", node=name)
 
-    async def _scale(self, wanted: dict[Role, int | None]) -> None:
+    async def _scale(self, wanted: dict[NodeRole, int | None]) -> None:
         numbers = {role: number for role, number in wanted.items() if number is not None}
         for role, number in numbers.items():
+            if not self._fleet.lives_of(role):
+                raise ConfigError(f"this run was started without {role} nodes")
             if number < 1:
                 raise ConfigError(f"a run needs at least one {role} node")
         for role in numbers:
@@ -86,7 +88,7 @@ class Changes:
             if len(have[role]) == number:
                 self._events.say(f"{number} {role} nodes: nothing to do.")
 
-    async def _add(self, more: dict[Role, int]) -> None:
+    async def _add(self, more: dict[NodeRole, int]) -> None:
         """Side by side, and all of them or none. Raises LauncherError."""
         new: list[NodeProcess] = []
         try:
@@ -111,7 +113,7 @@ class Changes:
         await asyncio.gather(*(self._fleet.forget(node.name) for node in nodes))
         self._nodes_changed()
 
-    async def _planned(self, role: Role) -> NodeProcess:
+    async def _planned(self, role: NodeRole) -> NodeProcess:
         """One more node, checked as `up` checks all. Raises LauncherError."""
         fleet = self._fleet
         facts = fleet.host.facts(fleet.config, engine=False)
@@ -196,5 +198,6 @@ async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
         raise
 
 
-def _is_size(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool))
+def _are_sizes(numbers: dict[str, Any]) -> bool:
+    are_numbers = all(value is None or type(value) is int for value in numbers.values())
+    return are_numbers and numbers.keys() <= {role.value for role in NodeRole}

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
-from engines.base import Role
+from engines.base import NodeRole, Role
 
 from ..errors import LauncherError, NodeDiedError, PortBusyError
 from ..events.events import Events
@@ -165,10 +165,10 @@ class Fleet:
 
     # -- change
 
-    def lives_of(self, role: Role) -> list[Life]:
-        return [self.lives[node.name] for node in self.plan.of(role) if node.name in self.lives]
+    def lives_of(self, role: NodeRole) -> list[Life]:
+        return [self.lives[node.name] for node in self.plan.of_kind(role) if node.name in self.lives]
 
-    def plan_another(self, role: Role, facts: HostFacts) -> NodeProcess:
+    def plan_another(self, role: NodeRole, facts: HostFacts) -> NodeProcess:
         """A further node, its ports and GPUs kept. Raises LauncherError."""
         node = another_node(self.plan, self.config, facts, role)
         self._reservation.take(node.ports, self._gpus_of(node))
@@ -242,8 +242,9 @@ class Fleet:
 
     def _stop_order(self) -> Iterator[list[Running]]:
         yield self._named([self.plan.proxy])
-        for role in (Role.DECODE, Role.PREFILL):
-            yield self._named(self.plan.of(role))
+        decodes = self.plan.of(Role.DECODE)
+        yield self._named(decodes)
+        yield self._named([node for node in self.plan.nodes if node not in decodes])
         yield self._named(self.plan.services)
 
     def _named(self, specs: Sequence[Process]) -> list[Running]:

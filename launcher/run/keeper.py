@@ -161,8 +161,11 @@ class Keeper:
         often = [f"It has ended {ends} times."] if ends > 1 else []
         often += [f"It could not be started {failed_starts} times."] if failed_starts > 1 else []
         told = "\n".join((str(error), *often))
-        roles = {other.role for other in self._fleet.lives.values() if other.state != "given up"}
-        if not isinstance(life.spec, NodeProcess) or not roles >= {role.value for role in Role}:
+        left = [other.spec for other in self._fleet.lives.values() if other.state != "given up"]
+        nodes = [spec for spec in left if isinstance(spec, NodeProcess)]
+        pairs = ((p, d) for p in nodes for d in nodes if p is not d)
+        can_hand_over = any(p.role.does(Role.PREFILL) and d.role.does(Role.DECODE) for p, d in pairs)
+        if not isinstance(life.spec, NodeProcess) or not can_hand_over:
             raise await explained(LauncherError(told, error.hint), self._fleet.lives.values())
         self._events.say(f"{told}\n{error.hint}\nGoing on without it.", "error", life.spec.name)
         self._explain(life.spec.name)

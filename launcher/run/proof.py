@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from engines.base import Gauges, Role
+from engines.base import Gauges, NodeRole, Role
 from engines.transfer import Transfer
 from engines.vllm import metrics
 
@@ -61,7 +61,7 @@ async def compare(plan: Plan) -> Comparison | None:
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _COMPARED_WITHIN_S
-    pairs = len(plan.of(Role.PREFILL)) * len(plan.of(Role.DECODE))
+    pairs = sum(prefill is not decode for prefill in plan.of(Role.PREFILL) for decode in plan.of(Role.DECODE))
     async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
         while True:
             told = (await client.get(f"{plan.proxy_url}/health")).json().get("canary")
@@ -91,7 +91,7 @@ async def prove(plan: Plan, show: Callable[[str], None]) -> Proof:
     """
     if plan.connector == "MooncakeStoreConnector" and plan.services:
         return await _prove_store(plan, show)
-    rounds = max(len([node for node in plan.nodes if node.role is role]) for role in Role)
+    rounds = max(len(plan.of(role)) for role in Role)
     async with httpx.AsyncClient(trust_env=False, timeout=300) as client:
         before = await _counters(client, plan)
         prompt_tokens = 0
@@ -174,19 +174,23 @@ async def _ask(client: httpx.AsyncClient, plan: Plan, question: str, show: Calla
 
 
 async def _counted(client: httpx.AsyncClient, plan: Plan, before: Gauges, expected: int) -> Transfer:
-    """What the decode nodes counted since `before`. A node publishes its counters a moment after its answer."""
+    """What the decode nodes counted since `before`. A node publishes its counters a moment after its answer.
+
+    A prompt that one of them has computed for another is counted twice.
+    """
+    twice = any(node.role is NodeRole.BOTH for node in plan.nodes)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _COUNTED_WITHIN_S
     while True:
         now = await _counters(client, plan)
-        if now.prompt_tokens - before.prompt_tokens >= expected or loop.time() > deadline:
+        if now.prompt_tokens - before.prompt_tokens >= expected * (1 + twice) or loop.time() > deadline:
             return Transfer(computed=now.computed - before.computed, transferred=now.transferred - before.transferred)
         await asyncio.sleep(0.2)
 
 
 async def _counters(client: httpx.AsyncClient, plan: Plan) -> Gauges:
     """The prompt tokens of all decode nodes, by where their KV came from."""
-    urls = [f"{node.url}/metrics" for node in plan.nodes if node.role is Role.DECODE]
+    urls = [f"{node.url}/metrics" for node in plan.of(Role.DECODE)]
     answers = await asyncio.gather(*(client.get(url) for url in urls))
     found = [metrics.gauges(answer.text) for answer in answers]
     return Gauges(

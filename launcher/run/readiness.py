@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from engines.base import Role
+from engines.base import NodeRole, Role
 from engines.connectors import mooncake
 
 from ..errors import NodeDiedError, NotReadyError
@@ -114,7 +114,8 @@ async def _until_it_hands_over(client: httpx.AsyncClient, url: str) -> None:
     while True:
         with suppress(httpx.HTTPError):
             nodes = (await client.get(url)).json()["nodes"]
-            if {Role.PREFILL, Role.DECODE} <= {node["role"] for node in nodes if node["usable"]}:
+            usable = [NodeRole(node["role"]) for node in nodes if node["usable"]]
+            if len(usable) > 1 and all(any(role.does(part) for role in usable) for part in Role):
                 return
             since = since or loop.time()
             if loop.time() - since > _USED_WITHIN_S:

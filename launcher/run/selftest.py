@@ -89,7 +89,7 @@ async def _upper_stages(supervisor: Supervisor, events: Events) -> None:
         await supervisor.start_nodes()
         plan = supervisor.plan
         alone = {node.name: await _ask(plan, node) for node in plan.nodes}
-        said = {node: answer for node, answer in alone.items() if node.startswith(Role.DECODE)}
+        said = {node.name: alone[node.name] for node in plan.of(Role.DECODE)}
         if len(set(said.values())) != 1:
             _differ(plan, events, f"decode nodes answer one question differently: {said}", "Do they serve one model?")
     events.say(f"✓ 2 nodes: each of {', '.join(alone)} answers by itself", "text")
@@ -133,7 +133,8 @@ async def _stage(stage: _Stage) -> AsyncIterator[None]:
 
 async def _transfer(plan: Plan, facts: HostFacts) -> float:
     """Seconds for `_BYTES`, from the prefill node's place to the decode node's, which is the way KV goes."""
-    prefill, decode = plan.of(Role.PREFILL)[0], plan.of(Role.DECODE)[0]
+    prefill = plan.of(Role.PREFILL)[0]
+    decode = next(node for node in plan.of(Role.DECODE) if node is not prefill)
     host = str(urlsplit(decode.url).hostname)
     program = Path(facts.plugins) / _PROBE
     log = plan.run_dir / "transfer.log"

@@ -43,6 +43,10 @@ class StreamLostError(Exception):
         self.sent = sent
 
 
+class _OnlyTheHolderIsLeftError(Exception):
+    """The one node that could decode computed the prompt: it answers alone, for it cannot hand over to itself."""
+
+
 class Attempt:
     """One hand-off at most, on nodes chosen once. A further attempt is a new object."""
 
@@ -124,7 +128,7 @@ class Attempt:
         if self._is_faster_alone(prefill, rank, seat.node):
             return "faster-alone"
         hand_off = self._plane.fleet.connector.hand_off(prefill.spec.bootstrap, rank)
-        with PinnedKV(hand_off, self._request.asked.body.get("model"), self._plane.releaser) as kv:
+        with PinnedKV(hand_off, prefill, self._request.asked.body.get("model"), self._plane.releaser) as kv:
             self._record.transfer_id = kv.id
             prefilled = await self._counted_prefill(prefill, rank, route, kv, dies_of_refusals=self._dies(seat.node))
             if isinstance(prefilled, str):
@@ -134,7 +138,11 @@ class Attempt:
             self._presence.check()
             if self._would_kill(seat.node, prefilled.prompt_tokens):
                 return "may-be-refused"
-            await self._decode(seat, route, kv, prefilled)
+            try:
+                await self._decode(seat, route, kv, prefilled)
+            except _OnlyTheHolderIsLeftError:
+                seat.move(prefill)
+                return "no-other-node"
         return None
 
     def _is_faster_alone(self, prefill: Node, rank: Rank | None, decode: Node) -> bool:
@@ -203,7 +211,7 @@ class Attempt:
 
     def _may_take(self, prefill: Node, decode: Node) -> bool:
         is_well = prefill.usable and prefill not in self._avoid and prefill.breaker.admits(time.monotonic())
-        return is_well and not self._plane.fleet.pairs.is_fenced(prefill, decode)
+        return is_well and prefill is not decode and not self._plane.fleet.pairs.is_fenced(prefill, decode)
 
     def _cheapest_prefill(self, decode: Node) -> Node:
         return self._plane.prefills.choose(self._prompt, self._avoid, self._request.asked.body.get("model"), decode)
@@ -333,7 +341,13 @@ class Attempt:
         """No decode node has seen this hand-off yet, so nothing binds it to the one chosen before the prefill."""
         node = seat.node  # one that is drained meanwhile finishes what it was chosen for
         if node in self._avoid or not node.is_well or node.breaker.is_resting(time.monotonic()):
-            other = self._choose_decode(self._holder)
+            holder = self._holder
+            try:
+                other = self._choose_decode(holder)
+            except NoNodeError as exc:
+                if holder is not None and holder.usable and holder.spec.role.does(Role.DECODE):
+                    raise _OnlyTheHolderIsLeftError from exc
+                raise
             if other is not node:
                 seat.move(other)
 
@@ -441,7 +455,7 @@ class Attempt:
 
     def _has_other_decode(self) -> bool:
         fleet, holder = self._plane.fleet, self._holder
-        others = [node for node in fleet.of(Role.DECODE) if node.usable and node not in self._avoid]
+        others = [node for node in fleet.of(Role.DECODE) if node.usable and node not in {*self._avoid, holder}]
         return any(holder is None or not fleet.pairs.is_fenced(holder, node) for node in others)
 
     def _leg(self, node: Node) -> Leg:

@@ -17,6 +17,7 @@ from typing import Self
 
 from engines.base import HandOff, JSONObject
 
+from ..nodes.node import Node
 from .release import Releaser
 
 
@@ -48,10 +49,12 @@ _AT_THE_END = {
 class PinnedKV:
     """One hand-off of one attempt; a context manager that settles it."""
 
-    __slots__ = ("_decode_params", "_hand_off", "_model", "_releaser", "state")
+    __slots__ = ("_decode_params", "_hand_off", "_holder", "_model", "_releaser", "state")
 
-    def __init__(self, hand_off: HandOff, model: object, releaser: Releaser) -> None:
+    def __init__(self, hand_off: HandOff, holder: Node, model: object, releaser: Releaser) -> None:
+        """`holder`: the prefill node."""
         self._hand_off = hand_off
+        self._holder = holder
         self._model = model
         self._releaser = releaser
         self._decode_params: JSONObject | None = None
@@ -117,6 +120,6 @@ class PinnedKV:
             after = State.NOT_HELD
         self.state = after
         if after is State.GIVEN_BACK and self._decode_params is not None:
-            self._releaser.release(self._model, self._decode_params)
+            self._releaser.release(self._holder, self._model, self._decode_params)
         if after in SETTLED:
             self._releaser.settled(after)

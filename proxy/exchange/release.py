@@ -48,34 +48,34 @@ class Releaser:
         if outcome != "not-held":
             self._metrics.hand_offs.count(outcome)
 
-    def release(self, model: object, transfer_params: JSONObject) -> None:
-        """Give back, soon, what a decode leg with these parameters would have fetched."""
+    def release(self, holder: Node, model: object, transfer_params: JSONObject) -> None:
+        """Give back, soon, what a decode leg with these parameters would have fetched from `holder`."""
         if self._background.is_full:
             self._metrics.releases.count("skipped")
         else:
             body = self._fleet.engine.release_leg(model, transfer_params)
-            self._background.start(self._send(orjson.dumps(body)), "release of a hand-off")
+            self._background.start(self._send(holder, orjson.dumps(body)), "release of a hand-off")
 
     async def close(self, within_s: float) -> None:
         """Let what is due be sent, for at most so long."""
         await self._background.close(within_s)
 
-    async def _send(self, body: bytes) -> None:
+    async def _send(self, holder: Node, body: bytes) -> None:
         """A node that has just failed is often the only one: a few tries, well within the transfer timeout."""
         outcome = "failed"
         self._metrics.releases_pending += 1
         try:
-            outcome = await self._tried(body)
+            outcome = await self._tried(holder, body)
         finally:
             self._metrics.releases_pending -= 1
             self._metrics.releases.count(outcome)
 
-    async def _tried(self, body: bytes) -> str:
+    async def _tried(self, holder: Node, body: bytes) -> str:
         """The outcome: done, unknown (it may have been received), unsupported, failed."""
         problem: ProxyError | None = None
         for _ in range(_TRIES):
             try:
-                node = self._chosen()
+                node = self._chosen(holder)
                 if not self._fleet.engine.survives_refusals(node.version):
                     return "unsupported"
                 await self._be_refused(node, body)
@@ -90,15 +90,19 @@ class Releaser:
         logger.warning("a hand-off was not released, and expires by itself: %s", problem)
         return "failed"
 
-    def _chosen(self) -> Node:
-        """A decode node; one that is drained will do. Raises NoNodeError."""
-        try:
-            return choose(self._fleet, Role.DECODE)
-        except NoNodeError:
-            drained = next((node for node in self._fleet.of(Role.DECODE) if node.is_well), None)
-            if drained is None:
-                raise
-            return drained
+    def _chosen(self, holder: Node) -> Node:
+        """A decode node other than the holder; one that is drained, or fenced from it, will do: no KV is read.
+
+        Raises NoNodeError.
+        """
+        usable = [node for node in self._fleet.of(Role.DECODE) if node.usable and node is not holder]
+        if usable:
+            return choose(self._fleet, Role.DECODE, {holder})
+        others = (node for node in self._fleet.of(Role.DECODE) if node is not holder)
+        drained = next((node for node in others if node.is_well), None)
+        if drained is None:
+            raise NoNodeError(f"no decode node other than {holder.spec.name} works")
+        return drained
 
     async def _be_refused(self, node: Node, body: bytes) -> None:
         """Raises NodeError when the node is not reached, or does not refuse."""

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Collection
 
-from engines.base import Role
+from engines.base import NodeRole, Role
 
 from ..errors import NodeAnsweredError, NodeError
 from ..nodes.fleet import Fleet
@@ -32,10 +32,10 @@ def may_retry(error: NodeError, failing: Node, fleet: Fleet, avoid: Collection[N
         return False
     if not isinstance(error, NodeAnsweredError):
         return True
-    role = failing.spec.role
-    if any(node.usable and node not in avoid for node in fleet.of(role)):
+    others = (node for role in Role if failing.spec.role.does(role) for node in fleet.of(role))
+    if any(node.usable and node not in avoid for node in others):
         return True
-    return role is Role.PREFILL and error.retry_after_s is None and alone_will_do
+    return failing.spec.role is NodeRole.PREFILL and error.retry_after_s is None and alone_will_do
 
 
 class RetryBudget:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from engines import topology
-from engines.base import Connector, Engine, JSONObject, Role
+from engines.base import Connector, Engine, JSONObject, NodeRole, Role
 from engines.connectors.names import CONNECTORS
 from engines.known import ENGINES
 
@@ -48,6 +48,7 @@ class Fleet:
         self.limits = limits or Limits()
         self.pairs = Pairs()
         self._any_version = any_version
+        self._all: list[Node] = []
         self._nodes: dict[Role, list[Node]] = {}
         self._turn = dict.fromkeys(Role, 0)
         self._on_some: frozenset[str] = frozenset()
@@ -73,18 +74,28 @@ class Fleet:
         else:
             known = {_identity(node.spec): node for node in (*self, *newcomers)}
         self._topology = nodes
+        self._all = []
         self._nodes = {role: [] for role in Role}
         for spec in nodes.nodes:
             node = known.get(_identity(spec)) or Node(spec)
             node.spec = spec
-            self._nodes[spec.role].append(node)
+            self._all.append(node)
+            for role in Role:
+                if spec.role.does(role):
+                    self._nodes[role].append(node)
         self.connector = CONNECTORS[nodes.connector]
         self.engine = ENGINES[nodes.engine]
+        self._let_newcomers_lean()
         self.compare()
 
+    def _let_newcomers_lean(self) -> None:
+        """A node that does both begins with what fewer nodes do."""
+        for node in self._all:
+            if node.spec.role is NodeRole.BOTH and node.leaning is None:
+                node.leaning = min(Role, key=lambda role: sum(one.leans_to(role) for one in self._all))
+
     def __iter__(self) -> Iterator[Node]:
-        for nodes in self._nodes.values():
-            yield from nodes
+        yield from self._all
 
     def of(self, role: Role) -> list[Node]:
         return self._nodes[role]
@@ -97,11 +108,11 @@ class Fleet:
         turn = self._turn[role] % len(nodes)
         return nodes[turn:] + nodes[:turn]
 
-    def took_turn(self, node: Node) -> None:
+    def took_turn(self, role: Role, node: Node) -> None:
         """The next in turn is the one after this."""
-        nodes = self._nodes[node.spec.role]
+        nodes = self._nodes[role]
         if len(nodes) > 1:
-            self._turn[node.spec.role] = nodes.index(node) + 1
+            self._turn[role] = nodes.index(node) + 1
 
     def has(self, role: Role) -> bool:
         """One usable node at least."""
@@ -120,12 +131,12 @@ class Fleet:
     def usable_pairs(self) -> list[Pair]:
         """Of nodes that get requests, whether hand-offs between them are fenced or not."""
         prefill, decode = ([node for node in self._nodes[role] if node.usable] for role in (Role.PREFILL, Role.DECODE))
-        return [(one, other) for other in decode for one in prefill]
+        return [(one, other) for other in decode for one in prefill if one is not other]
 
     def has_pair(self, pair: Pair) -> bool:
         """Both are in the topology in force."""
         prefill, decode = pair
-        return prefill in self._nodes[Role.PREFILL] and decode in self._nodes[Role.DECODE]
+        return prefill in self._nodes[Role.PREFILL] and decode in self._nodes[Role.DECODE] and prefill is not decode
 
     def is_cut_off(self, decode: Node) -> bool:
         """No usable prefill node may hand over to it, though there are some; as of the last probe or verdict."""
@@ -133,8 +144,8 @@ class Fleet:
 
     def can_hand_over(self) -> bool:
         """Between two usable nodes at least."""
-        decodes = self._nodes[Role.DECODE]
-        return self.has(Role.PREFILL) and any(node.usable and node not in self._cut_off for node in decodes)
+        decodes = [node for node in self._nodes[Role.DECODE] if node.usable and node not in self._cut_off]
+        return any(other.usable and other is not node for node in decodes for other in self._nodes[Role.PREFILL])
 
     def judged(self, pair: Pair, verdict: Verdict) -> None:
         """The canary's verdict on a pair."""
@@ -145,8 +156,10 @@ class Fleet:
         cut_off: frozenset[Node] = frozenset()
         if self.pairs.are_any_fenced:
             usable = [node for node in self._nodes[Role.PREFILL] if node.usable]
-            decodes = self._nodes[Role.DECODE] if usable else []
-            cut_off = frozenset(d for d in decodes if all(self.pairs.is_fenced(p, d) for p in usable))
+            partners = {d: [p for p in usable if p is not d] for d in self._nodes[Role.DECODE]}
+            cut_off = frozenset(
+                d for d, others in partners.items() if others and all(self.pairs.is_fenced(p, d) for p in others)
+            )
         self._cut_off = cut_off
 
     def compare(self) -> None:

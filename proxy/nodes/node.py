@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from engines import topology
-from engines.base import Gauges, JSONObject, NodeFacts, Rank
+from engines.base import Gauges, JSONObject, NodeFacts, NodeRole, Rank, Role
 
 from ..errors import NodeAnsweredError, NodeError, NodeRejectsKeyError, NodeUnreachableError
 from .breaker import Breaker
@@ -66,6 +66,8 @@ class Node:
     """When the last probe of it that ended had begun, on the monotonic clock."""
     failed_at: float = 0.0
     """When it was last found to fail, on the monotonic clock: what was seen before then counts no more."""
+    leaning: Role | None = None
+    """What a node that does both is asked for first, for now (`routing/elastic.py`); None for the others."""
     _turn: int = 0
 
     def __repr__(self) -> str:
@@ -75,6 +77,10 @@ class Node:
     def names(self) -> frozenset[str]:
         """Of the models it lists."""
         return frozenset(card["id"] for card in self.models)
+
+    def leans_to(self, role: Role) -> bool:
+        """It is there for this, first of all."""
+        return self.leaning is role if self.spec.role is NodeRole.BOTH else self.spec.role.does(role)
 
     @property
     def load(self) -> int:

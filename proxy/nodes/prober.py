@@ -150,7 +150,11 @@ class Prober:
             return b"{}"
 
     async def _identity(self, node: Node) -> tuple[Rank, ...]:
-        if node.spec.role is Role.DECODE or not self._fleet.connector.has_bootstrap or node.spec.bootstrap is None:
+        if (
+            not node.spec.role.does(Role.PREFILL)
+            or not self._fleet.connector.has_bootstrap
+            or node.spec.bootstrap is None
+        ):
             return ()
         ids = mooncake.engine_ids(orjson.loads(await self._get(node.spec.bootstrap, "/query", [])))
         if not ids:
@@ -173,7 +177,7 @@ class Prober:
             return
         self._progress[node] = seen, since
         limit_s = self._settings.decode_silence_timeout_s
-        if node.spec.role is Role.PREFILL:  # it counts a prompt's tokens when all of them are computed
+        if node.spec.role.does(Role.PREFILL):  # it counts a prompt's tokens when all of them are computed
             limit_s = max(limit_s, self._settings.prefill_timeout_s)
         if now - since > limit_s:
             raise _ProbeError(f"has requests running and has made no token for {now - since:.0f} s")

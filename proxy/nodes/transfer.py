@@ -56,7 +56,7 @@ class TransferWatch:
 
     def observe(self, node: Node, hand_offs: int, tokens: int) -> None:
         """Take in `node.gauges`, given what had been handed over to it before they were read."""
-        if node.spec.role is not Role.DECODE:
+        if not node.spec.role.does(Role.DECODE):
             return
         gauges = node.gauges
         seen = self._seen.get(node)

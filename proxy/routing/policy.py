@@ -29,8 +29,9 @@ def choose(  # noqa: PLR0913  who is asked for, and for what
 ) -> Node:
     """The node of a role that the next leg goes to. `partner`: the other node of the hand-off, when it is chosen.
 
-    A node that is fenced from its partner is none (`nodes/pairs.py`), and a decode node that is fenced from every
-    prefill node the last choice.
+    The partner itself is none, whatever it does; nor is a node that is fenced from it (`nodes/pairs.py`). A decode node
+    that is fenced from every prefill node is the last choice, and so is, of nodes that do both, one that leans to the
+    other role.
 
     A model that only some nodes list goes to those; to any decode node when none of them does, which then says so.
 
@@ -39,29 +40,30 @@ def choose(  # noqa: PLR0913  who is asked for, and for what
     NoNodeError with the reason of every node that is not usable.
     """
     best: Node | None = None
-    best_cost: tuple[bool, bool, bool, bool, Cost] | None = None
+    best_cost: tuple[bool, bool, bool, bool, bool, Cost] | None = None
     now = time.monotonic()
     for node in _candidates(fleet, role, model):
-        if node.usable and not _is_fenced(fleet, node, partner):
+        if node.usable and node is not partner and not _is_fenced(fleet, role, node, partner):
             cost = (
                 node in avoid,
                 not node.breaker.admits(now),
                 role is Role.DECODE and partner is None and fleet.is_cut_off(node),
-                role is Role.DECODE and not fleet.limits.leave_room(node),
+                node.spec.role.does(Role.DECODE) and not fleet.limits.leave_room(node),
+                not node.leans_to(role),
                 cost_of(node),
             )
             if best_cost is None or cost < best_cost:
                 best, best_cost = node, cost
     if best is None:
         raise NoNodeError(f"no usable {role} node: {fleet.why_none(role, partner)}", "See /health")
-    fleet.took_turn(best)
+    fleet.took_turn(role, best)
     return best
 
 
-def _is_fenced(fleet: Fleet, node: Node, partner: Node | None) -> bool:
+def _is_fenced(fleet: Fleet, role: Role, node: Node, partner: Node | None) -> bool:
     if partner is None:
         return False
-    pair = (node, partner) if node.spec.role is Role.PREFILL else (partner, node)
+    pair = (node, partner) if role is Role.PREFILL else (partner, node)
     return fleet.pairs.is_fenced(*pair)
 
 

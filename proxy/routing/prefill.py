@@ -151,6 +151,12 @@ class PrefillRouter:
         backlog_s = queue.backlog.seconds(queue.backlog.rate or self._usual_rate, self._now())
         return max(backlog_s, 0.0), prompt.tokens - queue.prefixes.cached(prompt)
 
+    def backlog_s(self, node: Node) -> float:
+        """Until the node's quickest rank is through with what it has."""
+        self._hear()
+        ranks = node.ranks or (None,)
+        return min(self.outlook(node, rank, Prompt())[0] for rank in ranks)
+
     def choose(
         self, prompt: Prompt, avoid: Collection[Node] = (), model: object = None, partner: Node | None = None
     ) -> Node:

@@ -1,6 +1,7 @@
 """What the application is made of, and the tasks that run as long as it does."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -26,6 +27,7 @@ from ..nodes.prober import Prober
 from ..nodes.topology import Stamp
 from ..nodes.transfer import TransferWatch
 from ..routing.decode import DecodeRouter
+from ..routing.elastic import Elastic
 from ..routing.prefill import PrefillRouter
 from ..routing.split import Split
 from ..settings import ProxySettings
@@ -39,6 +41,9 @@ from .sharing import Sharing
 from .shutdown import Shutdown
 from .supervision import Supervisor
 
+logger = logging.getLogger("pd_proxy.nodes")
+
+_LOOK_AT_LOAD_EVERY_S = 1.0
 _AT_THE_END_S = 10.0
 """For what is on its way when the last client's answer is finished."""
 
@@ -83,6 +88,9 @@ class Components:
         self.prober = Prober(settings, self.fleet, self.watch, node_headers, self.pauses, self._after_a_probe)
         self.sharing = Sharing(board, self.metrics, self.fleet, self.watch, self._update_gauges, self.admission.let_in)
         self.canary = Canary(self.plane, node_headers, self._is_closing, self.sharing.publish)
+        self.elastic = Elastic(
+            self.fleet, self.plane.prefills.backlog_s, settings.ttft_target_s, settings.tpot_target_s
+        )
         self.service: Service | None = None
         self.shutdown = Shutdown(settings)
 
@@ -112,6 +120,7 @@ class Components:
         add("prober", partial(self.sharing.lead, self.prober.run))
         if settings.canary_interval_s:
             add("KV canary", partial(self.sharing.lead, self.canary.run))
+        add("roles of nodes", partial(self.sharing.lead, self._follow_load))
         add("event loop", partial(self.pauses.run, self._observe_loop))
         if self.service is not None:
             add("clients' connections", self.service.watch)
@@ -129,6 +138,15 @@ class Components:
 
     def _is_closing(self) -> bool:
         return self.service is not None and self.service.is_closing
+
+    async def _follow_load(self) -> None:
+        while True:
+            change = self.elastic.step()
+            if change is not None:
+                logger.info("%s", change)
+                self.metrics.role_changes.count(change.reason)
+                self.sharing.publish()
+            await asyncio.sleep(_LOOK_AT_LOAD_EVERY_S)
 
     def _observe_loop(self, late_s: float) -> None:
         self.metrics.loop_lag_seconds.observe(late_s)

@@ -105,7 +105,7 @@ class _Nodes(Collector):
             usable.add_metric(labels, float(node.usable))
             in_flight.add_metric(labels, node.load)
             breaker.add_metric(labels, float(node.breaker.is_open))
-            if node.spec.role is Role.DECODE:
+            if node.spec.role.does(Role.DECODE):
                 live.add_metric(labels[:1], round(node.live_tokens(now)))
         yield usable
         yield in_flight

@@ -32,7 +32,7 @@ def add_routes(app: FastAPI, parts: Components) -> None:
             return "unavailable"
         stuck = any(watch.verdict(node) == "not moving" for node in fleet.of(Role.DECODE))
         fenced = fleet.pairs.are_any_fenced and any(fleet.pairs.is_fenced(*pair) for pair in fleet.usable_pairs())
-        is_well = fleet.has(Role.PREFILL) and not stuck and not fenced and not parts.supervisor.down
+        is_well = bool(fleet.usable_pairs()) and not stuck and not fenced and not parts.supervisor.down
         return "ok" if is_well else "degraded"
 
     @app.api_route("/health", methods=["GET", "HEAD"])
@@ -117,7 +117,9 @@ def _node_health(node: Node, watch: TransferWatch) -> JSONObject:
         "problem": node.why_not,
         "in_flight": node.load,
     }
-    if node.spec.role is Role.DECODE:
+    if node.leaning is not None:
+        health["leaning"] = node.leaning
+    if node.spec.role.does(Role.DECODE):
         health["kv"] = watch.verdict(node)
     return health
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from engines.base import Gauges, JSONObject, NodeFacts, Rank
+from engines.base import Gauges, JSONObject, NodeFacts, Rank, Role
 
 from ..metrics import Metrics
 from ..nodes.fleet import Fleet
@@ -126,6 +126,7 @@ class Sharing:
             "layout": dict(node.layout),
             "cache_tokens": node.cache_tokens,
             "life": node.life,
+            "leaning": node.leaning,
             "gauges": [
                 gauges.running, gauges.waiting, gauges.kv_usage, gauges.transferred, gauges.computed, gauges.cached,
                 gauges.generated,
@@ -153,6 +154,7 @@ class Sharing:
         self._after()
 
     def _adopt(self, node: Node, finding: JSONObject) -> None:
+        node.leaning = finding["leaning"] and Role(finding["leaning"])
         node.probed_at = finding["probed_at"]
         if finding["problem"] is not None:
             node.failed(finding["problem"])

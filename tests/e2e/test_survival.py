@@ -19,7 +19,8 @@ from .conftest import TRIO_TRANSFER_S
 pytestmark = pytest.mark.timeout(1200)
 
 PROMPT = "When a node dies in the middle of an answer, somebody must go on with it. " * 4
-TOKENS = 400
+TOKENS = 900
+"""Enough that a stream still runs when its node is found and stopped, on a machine that is busy."""
 Kill = Callable[[psutil.Process], None]
 
 
@@ -92,7 +93,7 @@ def test_a_stream_outlives_its_decode_node_and_says_the_same(real_trio: Up, rout
         finally:
             wake(victim)
     counted = "the resume to be counted, which is after the client has its last byte"
-    wait_until(lambda: metric(real_trio.url, "pd_resumed_total", outcome="done") == resumed + 1, counted)
+    wait_until(lambda: metric(real_trio.url, "pd_resumed_total", outcome="done") > resumed, counted)
     assert "".join(map(text_of, chunks)) == "".join(map(text_of, undisturbed))
     assert chunks[-1].usage.completion_tokens == TOKENS
     assert chunks[-1].usage.prompt_tokens == undisturbed[-1].usage.prompt_tokens

@@ -31,7 +31,7 @@ def test_a_url_is_cut_to_scheme_host_and_port() -> None:
         ({"url": "http://h:1/v1"}, "more than"),
         ({"url": "http://user@h:1"}, "more than"),
         ({"url": "file:///etc/passwd"}, "not of the form"),
-        ({"role": "both"}, "prefill"),
+        ({"role": "each"}, "prefill"),
         ({"nmae": "x"}, "not permitted"),
     ],
 )

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.cli import _join_bootstrap_ports, _prefill_nodes
+from engines.base import NodeRole
+from proxy.cli import _join_bootstrap_ports, _with_bootstrap
 from tests.processes import ROOT, Proxy, free_port, http, proxy_in_front_of, running, sim_node, wait_until
 
 PD_PROXY = (sys.executable, "-P", "-m", "proxy.cli")
@@ -20,12 +21,16 @@ def test_the_flags_of_vllms_example_proxy_mean_the_same_here() -> None:
             "--decode", "http://d:4", "--port", "80"]  # fmt: skip
     joined = _join_bootstrap_ports(args)
     values = [value for flag, value in pairwise(joined) if flag == "--prefill"]
-    assert [node.bootstrap for node in _prefill_nodes(values)] == ["http://a:9000", "http://b:8998", "http://c:8998"]
+    assert [node.bootstrap for node in _with_bootstrap(NodeRole.PREFILL, values)] == [
+        "http://a:9000",
+        "http://b:8998",
+        "http://c:8998",
+    ]
     assert joined[-4:] == args[-4:]
 
 
 def test_an_ipv6_prefill_node_has_a_bracketed_bootstrap() -> None:
-    assert _prefill_nodes(["http://[fd00::1]:8100 8998"])[0].bootstrap == "http://[fd00::1]:8998"
+    assert _with_bootstrap(NodeRole.PREFILL, ["http://[fd00::1]:8100 8998"])[0].bootstrap == "http://[fd00::1]:8998"
 
 
 @pytest.mark.parametrize(
@@ -78,3 +83,11 @@ def test_sigterm_ends_it_with_exit_code_0() -> None:
     with sim_node("prefill") as prefill, sim_node("decode") as decode, proxy_in_front_of(prefill, decode) as proxy:
         proxy.process.terminate()
         assert proxy.process.wait(timeout=30) in (0, -15)
+
+
+def test_one_node_cannot_hand_over_to_itself() -> None:
+    found = subprocess.run(
+        [*PD_PROXY, "--both", "http://a:1", "2"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 2
+    assert "--both at least twice" in found.stderr

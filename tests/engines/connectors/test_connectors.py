@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from engines.base import PrefillRefusedError, Role
+from engines.base import NodeRole, PrefillRefusedError
 from engines.connectors import mooncake, mooncake_store, nixl
 from engines.connectors.names import CONNECTORS
 
@@ -47,15 +47,15 @@ def test_anything_else_is_an_error_and_not_an_empty_identity(query: Any) -> None
 
 
 def test_the_roles_are_the_engines_own_words() -> None:
-    prefill = mooncake.kv_transfer_config(Role.PREFILL, "rdma", on_cpu=False)
-    decode = mooncake.kv_transfer_config(Role.DECODE, "rdma", on_cpu=False)
+    prefill = mooncake.kv_transfer_config(NodeRole.PREFILL, "rdma", on_cpu=False)
+    decode = mooncake.kv_transfer_config(NodeRole.DECODE, "rdma", on_cpu=False)
     assert (prefill["kv_role"], decode["kv_role"]) == ("kv_producer", "kv_consumer")
     assert prefill["kv_connector"] == "MooncakeConnector"
     assert "kv_connector_module_path" not in prefill
 
 
 def test_the_engine_id_is_never_pinned() -> None:
-    assert "engine_id" not in mooncake.kv_transfer_config(Role.PREFILL, "tcp", on_cpu=True)
+    assert "engine_id" not in mooncake.kv_transfer_config(NodeRole.PREFILL, "tcp", on_cpu=True)
 
 
 def test_the_transfer_range_is_told_in_both_spellings() -> None:

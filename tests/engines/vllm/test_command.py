@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.base import Parallel, Role
+from engines.base import NodeRole, Parallel
 from engines.vllm import command, metrics
 
 
 def launch(**changes: Any) -> command.Launch:
     settings: dict[str, Any] = {
-        "role": Role.PREFILL,
+        "role": NodeRole.PREFILL,
         "model": "/models/m",
         "served_names": ("m",),
         "host": "127.0.0.1",
@@ -87,7 +87,7 @@ def test_the_users_own_flags_come_last_and_so_win() -> None:
 
 
 def test_the_kv_configuration_is_one_argument_of_valid_json() -> None:
-    args = command.arguments(launch(role=Role.DECODE))
+    args = command.arguments(launch(role=NodeRole.DECODE))
     config = json.loads(args[args.index("--kv-transfer-config") + 1])
     assert config["kv_role"] == "kv_consumer"
     assert config["kv_load_failure_policy"] == "recompute"
@@ -97,10 +97,11 @@ def test_the_kv_configuration_is_one_argument_of_valid_json() -> None:
 def test_a_decode_node_that_pulls_over_tcp_keeps_no_prefix_cache(connector: Any) -> None:
     """KV that comes in late would stay in it; RDMA's writes end with their queue pair."""
     alone = "--no-enable-prefix-caching"
-    assert alone in command.arguments(launch(role=Role.DECODE, connector=connector))
-    assert alone not in command.arguments(launch(role=Role.DECODE, connector=connector, protocol="rdma"))
-    assert alone not in command.arguments(launch(role=Role.PREFILL, connector=connector))
-    assert alone not in command.arguments(launch(role=Role.DECODE, connector="MooncakeStoreConnector"))
+    assert alone in command.arguments(launch(role=NodeRole.DECODE, connector=connector))
+    assert alone in command.arguments(launch(role=NodeRole.BOTH, connector=connector))
+    assert alone not in command.arguments(launch(role=NodeRole.DECODE, connector=connector, protocol="rdma"))
+    assert alone not in command.arguments(launch(role=NodeRole.PREFILL, connector=connector))
+    assert alone not in command.arguments(launch(role=NodeRole.DECODE, connector="MooncakeStoreConnector"))
 
 
 METRICS = """\

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.base import Role
+from engines.base import NodeRole
 from launcher.errors import ConfigError
 from launcher.plan.config import LaunchConfig, PortRange, load
 
@@ -75,7 +75,12 @@ def test_ranges_overlap_when_they_share_a_port(a: int, b: int, c: int, d: int) -
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({"prefill": "0"}, "--prefill: .*greater than or equal to 1"),
+        ({"prefill": "-1"}, "--prefill: .*greater than or equal to 0"),
+        ({"prefill": "0"}, "--prefill 0, --decode 1 and --both 0 cannot hand over"),
+        ({"both": "1"}, "--prefill 0, --decode 0 and --both 1 cannot hand over"),
+        ({"both": "2", "connector": "MooncakeStoreConnector"}, "both: .*not the MooncakeStoreConnector"),
+        ({"both": "2", "tensor_parallel": "prefill=1,decode=2"}, "both: .*give tensor_parallel one number"),
+        ({"both": "2", "device": "cuda", "prefill_devices": "0", "decode_devices": "1"}, "both: does not go with"),
         ({"decode": "-1"}, "--decode: "),
         ({"decode": "two"}, "--decode: .*integer"),
         ({"http_ports": "8199-8100"}, "--http-ports: 8199-8100 is reversed, write 8100-8199"),
@@ -170,5 +175,5 @@ def test_flags_that_only_begin_like_the_plans_are_left_alone() -> None:
 )
 def test_a_size_is_for_both_roles_or_for_each(text: str, prefill: int | None, decode: int | None) -> None:
     sizes = config(tensor_parallel=text).tensor_parallel
-    assert (sizes.of(Role.PREFILL), sizes.of(Role.DECODE)) == (prefill, decode)
+    assert (sizes.of(NodeRole.PREFILL), sizes.of(NodeRole.DECODE)) == (prefill, decode)
     assert str(sizes) == text

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from engines.base import Role
+from engines.base import NodeRole
 from launcher.errors import ConfigError
 from launcher.plan.config import load
 from launcher.plan.plan import Plan
@@ -116,10 +116,10 @@ def test_a_further_node_gets_gpus_that_no_other_has() -> None:
     config = load({"model": "m", "device": "cuda", "decode": 2, "tensor_parallel": "2"})
     facts = machine("8xh100-8hca")
     made = make_plan(config, facts)
-    fourth = another_node(made, config, facts, Role.DECODE)
+    fourth = another_node(made, config, facts, NodeRole.DECODE)
     assert (fourth.name, fourth.devices) == ("decode-2", ("6", "7"))
     with pytest.raises(ConfigError, match="every one of 8 GPUs here is in use"):
-        another_node(made.with_node(fourth), config, facts, Role.PREFILL)
+        another_node(made.with_node(fourth), config, facts, NodeRole.PREFILL)
 
 
 def test_a_further_node_of_a_run_that_keeps_its_gpus_itself_gets_others() -> None:
@@ -128,7 +128,7 @@ def test_a_further_node_of_a_run_that_keeps_its_gpus_itself_gets_others() -> Non
     facts = machine("8xh100-8hca")
     made = make_plan(config, facts)
     mine = {gpu.uuid: "another pd-launch" for gpu in facts.gpus[:2]}
-    assert another_node(made, config, facts.model_copy(update={"locked_gpus": mine}), Role.DECODE).devices == ("2",)
+    assert another_node(made, config, facts.model_copy(update={"locked_gpus": mine}), NodeRole.DECODE).devices == ("2",)
 
 
 def test_on_a_cpu_sizes_are_sizes_and_there_are_no_devices() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.base import Role
+from engines.base import NodeRole
 from launcher.errors import ConfigError
 from launcher.plan.config import load
 from launcher.plan.lockfile import LockFile
@@ -18,7 +18,7 @@ def test_it_holds_what_the_run_is_now_and_not_what_it_was_at_its_start() -> None
     config, facts = load({"model": "m"}), machine(environment=SHELL)
     made = make_plan(config, facts)
     taken = {port: "us" for node in made.nodes for port in (node.seat.http_port, *range(*node.seat.transfer_ports))}
-    more = made.with_node(another_node(made, config, machine(taken=taken, environment=SHELL), Role.DECODE))
+    more = made.with_node(another_node(made, config, machine(taken=taken, environment=SHELL), NodeRole.DECODE))
     lock = LockFile.of(config, more, {"vllm": "0.32.0"})
     assert (lock.config.prefill, lock.config.decode, len(lock.seats)) == (1, 2, 3)
     assert lock.inherited["NCCL_DEBUG"] == "INFO"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.base import Role
+from engines.base import NodeRole, Role
 from launcher.errors import ConfigError, PortBusyError
 from launcher.plan.config import load
 from launcher.plan.facts import HostFacts
@@ -101,7 +101,7 @@ def test_no_two_children_share_a_port(prefill: int, decode: int, engine: str) ->
     made = plan(prefill=prefill, decode=decode, engine=engine)
     ports = [n for child in made.processes for port in child.ports for n in range(port.first, port.last + 1)]
     assert Counter(ports).most_common(1)[0][1] == 1
-    assert [node.role for node in made.nodes] == [Role.PREFILL] * prefill + [Role.DECODE] * decode
+    assert [node.role for node in made.nodes] == [NodeRole.PREFILL] * prefill + [NodeRole.DECODE] * decode
 
 
 def test_the_same_configuration_is_the_same_plan() -> None:
@@ -131,10 +131,10 @@ def test_a_further_node_gets_a_free_name_free_ports_and_free_devices() -> None:
     made = make_plan(config, FACTS)
     smaller = made.without("decode-0")
     taken = {port: "us" for node in made.nodes for port in (node.seat.http_port, *range(*node.seat.transfer_ports))}
-    new = another_node(smaller, config, machine(taken=taken), Role.DECODE)
+    new = another_node(smaller, config, machine(taken=taken), NodeRole.DECODE)
     assert (new.name, new.devices, new.url) == ("decode-0", ("1",), "http://127.0.0.1:8103")
     with pytest.raises(ConfigError, match="no device is left"):
-        another_node(made, config, FACTS, Role.PREFILL)
+        another_node(made, config, FACTS, NodeRole.PREFILL)
 
 
 def test_a_node_that_moves_keeps_its_name_and_devices() -> None:
@@ -158,6 +158,24 @@ def test_a_prefill_node_is_told_its_ports_and_a_decode_node_has_no_bootstrap() -
     assert (decode.environment["MC_MIN_RPC_PORT"], decode.environment["MC_MAX_RPC_PORT"]) == ("20016", "20031")
     assert "VLLM_MOONCAKE_BOOTSTRAP_PORT" not in decode.environment
     assert {port.purpose for port in decode.ports} == {"api", "transfer"}
+
+
+def test_nodes_that_do_both_hold_and_pull_have_bootstrap_servers_and_no_prefix_cache_over_tcp() -> None:
+    made = plan(both=2)
+    assert [(node.name, node.role) for node in made.nodes] == [("both-0", "both"), ("both-1", "both")]
+    assert [node.bootstrap for node in made.nodes] == ["http://127.0.0.1:8900", "http://127.0.0.1:8901"]
+    for node in made.nodes:
+        assert kv_config(node.command)["kv_role"] == "kv_both"
+        assert "--no-enable-prefix-caching" in node.command
+        assert node.environment["VLLM_MOONCAKE_BOOTSTRAP_PORT"] == str(node.seat.bootstrap_port)
+    assert made.of(Role.PREFILL) == made.of(Role.DECODE) == made.nodes
+
+
+def test_nodes_that_do_both_stand_beside_those_of_one_role() -> None:
+    made = plan(both=1, prefill=1, decode=1, prefill_args=["--max-num-seqs=7"])
+    assert [node.role for node in made.nodes] == ["prefill", "decode", "both"]
+    assert ["--max-num-seqs=7" in node.command for node in made.nodes] == [True, False, False]
+    assert [node.name for node in made.topology().of(Role.PREFILL)] == ["prefill-0", "both-0"]
 
 
 def test_every_port_is_checked_on_the_address_that_will_be_bound() -> None:
