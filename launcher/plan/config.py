@@ -272,8 +272,8 @@ class LaunchConfig(BaseModel):
     def _can_hand_over(self) -> Self:
         if not self.prefill + self.both or not self.decode + self.both or self.prefill + self.decode + self.both < 2:
             raise ValueError(
-                f"--prefill {self.prefill}, --decode {self.decode} and --both {self.both} cannot hand over: a run needs "
-                "a node that prefills and another one that decodes"
+                f"--prefill {self.prefill}, --decode {self.decode} and --both {self.both} cannot hand over: a run "
+                "needs a node that prefills and another one that decodes"
             )
         if not self.both:
             return self

@@ -4,22 +4,29 @@ from collections import OrderedDict
 
 FIRST_RATE = 10_000.0
 """Tokens a second, until one was measured. Where no node was measured it cancels out."""
-_WEIGHT = 0.2
-"""Of the newest measurement."""
-_FEWEST = 16
-"""Tokens: the time of a shorter prefill says nothing of a rate."""
+_KEPT = 0.95
+"""Of the weight of all earlier prefills, with each new one."""
 
 
 class Backlog:
     """Prefills that were sent and have not ended, in order; all times on one monotonic clock, in seconds."""
 
     def __init__(self) -> None:
-        self.rate: float | None = None
-        """Uncached tokens a second, measured; None when none was yet."""
+        self._measured_tokens = self._measured_s = 0.0
         self._waiting: OrderedDict[int, float] = OrderedDict()
         self._tokens = 0.0
         self._number = 0
         self._head_since = 0.0
+        self._counted_until = 0.0
+
+    @property
+    def rate(self) -> float | None:
+        """Uncached tokens a second while it was busy; None while that is not known.
+
+        Tokens and seconds are summed apart: an engine computes several prompts in one step, and all but the first of
+        them then end with no time of their own.
+        """
+        return self._measured_tokens / self._measured_s if self._measured_tokens and self._measured_s else None
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -34,7 +41,7 @@ class Backlog:
     def begin(self, tokens: float, now: float) -> int:
         """A prefill with so many uncached tokens; the number to end it by."""
         if not self._waiting:
-            self._head_since = now
+            self._head_since = self._counted_until = now
         self._number += 1
         self._waiting[self._number] = tokens
         self._tokens += tokens
@@ -44,12 +51,11 @@ class Backlog:
         """It has ended. `tokens`: what it was by the node's own count; None when it failed, and measures nothing."""
         was_head = next(iter(self._waiting)) == number
         self._tokens -= self._waiting.pop(number)
+        if tokens is not None:
+            self._measured_tokens = _KEPT * self._measured_tokens + tokens
+            self._measured_s = _KEPT * self._measured_s + (now - self._counted_until)
+        self._counted_until = now
         if was_head:
-            if tokens is not None and tokens >= _FEWEST:
-                self._measured(tokens / max(now - self._head_since, 1e-6))
             self._head_since = now
         if not self._waiting:
             self._tokens = 0.0  # no rounding is carried on
-
-    def _measured(self, rate: float) -> None:
-        self.rate = rate if self.rate is None else self.rate + _WEIGHT * (rate - self.rate)

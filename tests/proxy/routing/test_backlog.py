@@ -1,5 +1,6 @@
 """How soon a node is through with its prefills."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,18 +30,28 @@ def test_the_next_begins_when_the_first_has_ended() -> None:
     assert backlog.seconds(rate=100, now=21) == 1
 
 
-def test_a_rate_is_measured_from_the_moment_it_is_the_first() -> None:
+def test_a_rate_is_that_of_the_time_in_which_it_was_busy() -> None:
     backlog = Backlog()
     first, second = backlog.begin(300, now=10), backlog.begin(300, now=10)
     backlog.end(first, now=11, tokens=300)
     backlog.end(second, now=12, tokens=300)
-    assert backlog.rate == 300
+    backlog.end(backlog.begin(300, now=100), now=101, tokens=300)
+    assert backlog.rate == pytest.approx(300)
 
 
-def test_neither_a_failure_nor_a_prompt_that_was_cached_measures_anything() -> None:
+def test_prompts_that_end_in_one_step_do_not_make_it_seem_quick() -> None:
+    """As of an engine that computes several in one step."""
+    backlog = Backlog()
+    for step in range(20):
+        together = [backlog.begin(100, now=step) for _ in range(5)]
+        for number in together:
+            backlog.end(number, now=step + 1, tokens=100)
+    assert backlog.rate == pytest.approx(500, rel=0.15)
+
+
+def test_a_failure_measures_nothing() -> None:
     backlog = Backlog()
     backlog.end(backlog.begin(300, now=0), now=1)
-    backlog.end(backlog.begin(300, now=2), now=3, tokens=5)
     assert backlog.rate is None
 
 
