@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-quick test-versions test-models conformance soak soak-real bench lint format engine clean
+.PHONY: demo test test-quick test-versions test-models conformance soak soak-real bench bench-routing lint format engine clean
 
 demo: engine
 	@$(BIN)/pd-launch up --model tiny
@@ -39,6 +39,12 @@ BENCH_FLAGS ?= --install --chart bench.png
 bench: .venv/installed
 	@$(BIN)/pip install -q --editable '.[bench]'
 	@$(BIN)/python -m tests.bench $(BENCH_FLAGS)
+
+# Which router sends prompts where they are computed soonest, on simulated nodes: an hour; make bench-routing
+# ROUTING_FLAGS="--install --cases trace:0.9" for a part of it.
+ROUTING_FLAGS ?= --install
+bench-routing: .venv/installed
+	@$(BIN)/python -m tests.bench.routing $(ROUTING_FLAGS)
 
 # Other people's suites against a node alone and against the proxy, each in an environment of its own in the user's cache
 # folder: half an hour. Some of them: make conformance SUITES="openai langchain"

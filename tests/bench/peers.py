@@ -66,10 +66,10 @@ def systems(nodes: Nodes, example: Path | None) -> list[System]:
     ]
     if (router := ENVIRONMENT / "bin" / "vllm-router").exists():
         mode = ["--vllm-pd-disaggregation", "--kv-connector", "mooncake", "--policy", "round_robin"]
-        found.append(_peer("vllm-router", [str(router), *mode], nodes))
+        found.append(_peer("vllm-router", [str(router), *mode], nodes.urls))
     if (gateway := ENVIRONMENT / "bin" / "smg").exists():
         mode = ["launch", "--pd-disaggregation", "--backend", "vllm", "--policy", "round_robin"]
-        found.append(_peer("smg", [str(gateway), *mode], nodes))
+        found.append(_peer("smg", [str(gateway), *mode], nodes.urls))
     if example is not None:
         port = free_port()
         command = [python, str(example), "--host", "127.0.0.1", "--port", str(port), *nodes.urls]
@@ -77,7 +77,24 @@ def systems(nodes: Nodes, example: Path | None) -> list[System]:
     return found
 
 
-def _peer(name: str, command: list[str], nodes: Nodes) -> System:
+def routers(urls: Sequence[str]) -> dict[str, System]:
+    """Every policy worth comparing, by name: pd-proxy's own, and those of the peers that are there."""
+    found = {}
+    for policy in ("prefix-cost", "least-load", "round-robin"):
+        port = free_port()
+        program = [sys.executable, "-P", "-m", "proxy.cli", "--port", str(port), "--prefill-policy", policy]
+        found[f"pd-proxy {policy}"] = System(policy, [*program, *urls], port)
+    if (router := ENVIRONMENT / "bin" / "vllm-router").exists():
+        for policy in ("cache_aware", "power_of_two", "round_robin", "consistent_hash"):
+            mode = ["--vllm-pd-disaggregation", "--kv-connector", "mooncake", "--policy", policy]
+            found[f"vllm-router {policy}"] = _peer(policy, [str(router), *mode], urls)
+    if (gateway := ENVIRONMENT / "bin" / "smg").exists():
+        mode = ["launch", "--pd-disaggregation", "--backend", "vllm", "--policy", "cache_aware"]
+        found["smg cache_aware"] = _peer("smg", [str(gateway), *mode], urls)
+    return found
+
+
+def _peer(name: str, command: list[str], urls: Sequence[str]) -> System:
     port = free_port()
     listening = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())]
-    return System(name, [*command, *listening, *nodes.urls], port)
+    return System(name, [*command, *listening, *urls], port)
