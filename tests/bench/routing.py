@@ -8,7 +8,8 @@ load is what the prefill nodes would have to do if nothing were computed twice, 
 
 Times are in seconds of the workload. CPU of the routers is in them: they run in real time, the nodes' time is
 compressed. TTFT counts from when a request was due. Goodput: share of the requests with a TTFT of at most 5 s and a
-time per output token of at most 0.1 s. Imbalance: computed tokens of the busiest prefill node to the mean.
+time per output token of at most 0.1 s. Imbalance: computed tokens of the busiest prefill node to the mean. A system
+whose KV does not move is no comparison: its decode nodes compute every prompt again.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def nodes(case: Case) -> Iterator[tuple[list[Sim], list[Sim]]]:
         yield started["prefill"], started["decode"]
 
 
-def measure(system: System, case: Case, prefills: list[Sim]) -> Figures:
+def measure(system: System, case: Case, prefills: list[Sim], decodes: list[Sim]) -> Figures:
     """All requests of a case through one system."""
     plan = "\n".join(
         json.dumps([one.at / case.compress, one.prompt(number), one.output, one.session])
@@ -100,10 +101,13 @@ def measure(system: System, case: Case, prefills: list[Sim]) -> Figures:
         1 for row in good if row[1] * case.compress <= SLO_TTFT_S
         and row[2] * case.compress <= SLO_TPOT_S * max(row[3] - 1, 1)
     )  # fmt: skip
-    computed = [node.metric("vllm:prompt_tokens_by_source_total", source="local_compute") for node in prefills]
-    cached = sum(node.metric("vllm:prompt_tokens_by_source_total", source="local_cache_hit") for node in prefills)
+    computed = [_tokens(node, "local_compute") for node in prefills]
+    cached = sum(_tokens(node, "local_cache_hit") for node in prefills)
+    moved = sum(_tokens(node, "external_kv_transfer") for node in decodes)
+    again = sum(_tokens(node, "local_compute") for node in decodes)
     return {
         "hit %": 100 * cached / max(cached + sum(computed), 1),
+        "KV moved %": 100 * moved / max(moved + again, 1),
         "TTFT mean": statistics.fmean(ttft),
         "p50": _share(ttft, 0.5),
         "p90": _share(ttft, 0.9),
@@ -114,6 +118,11 @@ def measure(system: System, case: Case, prefills: list[Sim]) -> Figures:
         "errors": len(rows) - len(good),
         "load's CPU %": 100 * busy,
     }
+
+
+def _tokens(node: Sim, source: str) -> float:
+    """Of prompts, by where their KV came from."""
+    return node.metric("vllm:prompt_tokens_by_source_total", source=source)
 
 
 def _share(values: list[float], share: float) -> float:
@@ -129,7 +138,7 @@ def run(case: Case, names: list[str]) -> dict[str, Figures]:
             try:
                 with running(list(system.command), {}):
                     wait_until(lambda at=system.port: _answers(at), name, patience_s=40)  # type: ignore[misc]
-                    found[name] = measure(system, case, prefills)
+                    found[name] = measure(system, case, prefills, decodes)
             except (AssertionError, subprocess.CalledProcessError) as exc:
                 print(f"{name} is left out: {exc}", file=sys.stderr)  # noqa: T201
                 continue
