@@ -6,6 +6,8 @@ FIRST_RATE = 10_000.0
 """Tokens a second, until one was measured. Where no node was measured it cancels out."""
 _KEPT = 0.95
 """Of the weight of all earlier prefills, with each new one."""
+_FEWEST = 16
+"""Tokens: the time of a shorter prefill is what every prefill takes, and says nothing of a rate."""
 
 
 class Backlog:
@@ -51,7 +53,7 @@ class Backlog:
         """It has ended. `tokens`: what it was by the node's own count; None when it failed, and measures nothing."""
         was_head = next(iter(self._waiting)) == number
         self._tokens -= self._waiting.pop(number)
-        if tokens is not None:
+        if tokens is not None and tokens >= _FEWEST:
             self._measured_tokens = _KEPT * self._measured_tokens + tokens
             self._measured_s = _KEPT * self._measured_s + (now - self._counted_until)
         self._counted_until = now

@@ -24,8 +24,10 @@ from .prompts import Prompt, prompt_of, without_keys
 
 _IDLE_PRICE = 1.5
 _HIGHEST_PRICE = 8.0
-_ALIKE = 1.25
-"""Rates of nodes that differ by less are taken to be one."""
+_ALIKE = 2.0
+"""Rates of nodes that differ by less are taken to be one: of equal nodes the one that finds more in its cache measures
+less, for what every prefill takes is then more of its time, and it must not lose its conversations for that.
+"""
 _MOST_WRONG = 8.0
 """How many times more, or fewer, tokens a guess may be corrected to."""
 _WEIGHT = 0.05

@@ -56,8 +56,9 @@ def talk_all(run: Up, names: str) -> dict[str, float]:
 def test_what_is_predicted_is_what_prefill_nodes_say(two_prefills: Up) -> None:
     two_prefills.until_well()
     found = talk_all(two_prefills, "first")
-    assert sum(found.values()) == CHATS * TURNS
-    assert found["as-predicted"] >= 0.95 * CHATS * TURNS, found
+    asked = sum(found.values())
+    assert asked >= CHATS * TURNS, "the KV canary may ask, too, while nodes are new"
+    assert found["as-predicted"] >= 0.95 * asked, found
     cached = sum(metric(url, "vllm:prompt_tokens_by_source_total", source="local_cache_hit") for url in
                  two_prefills.nodes("prefill"))  # fmt: skip
     computed = sum(metric(url, "vllm:prompt_tokens_by_source_total", source="local_compute") for url in
@@ -71,4 +72,4 @@ def test_a_prefill_node_that_comes_back_is_known_to_have_nothing(two_prefills: U
     two_prefills.until("prefill-0 is ready again.", RESTART_PATIENCE_S)
     two_prefills.until_well()
     found = talk_all(two_prefills, "first")
-    assert found["as-predicted"] >= 0.95 * CHATS * TURNS, found
+    assert found["as-predicted"] >= 0.95 * sum(found.values()), found

@@ -49,9 +49,10 @@ def test_prompts_that_end_in_one_step_do_not_make_it_seem_quick() -> None:
     assert backlog.rate == pytest.approx(500, rel=0.15)
 
 
-def test_a_failure_measures_nothing() -> None:
+def test_neither_a_failure_nor_a_prompt_that_was_cached_measures_anything() -> None:
     backlog = Backlog()
     backlog.end(backlog.begin(300, now=0), now=1)
+    backlog.end(backlog.begin(300, now=2), now=3, tokens=5)
     assert backlog.rate is None
 
 
