@@ -72,13 +72,14 @@ class Attempt:
         self._delivery = delivery
         self._avoid = avoid
         self._only = only or Only()
-        self._prompt = self._look_at_prompt()
+        self._prompt = Prompt()
 
     async def run(self, route: Route | None, reason: str | None) -> None:
         """Answer the client. `reason`: why one node does both phases; None for a hand-off on `route`.
 
         Raises NodeError, NoNodeError, StreamLostError; what a node refused is passed on or raised as it put it.
         """
+        self._prompt = self._look_at_prompt(is_handed_over=route is not None and reason is None)
         node = self._choose_decode()
         with node.lease(for_request=True, tokens=self._prompt.tokens) as seat:
             if route is not None and reason is None:
@@ -106,8 +107,9 @@ class Attempt:
                 self._delivery.pass_on(answer.status, answer.headers, first + rest)
                 return
             record.first_event = time.perf_counter()
-            uncached = self._prompt.tokens - self._plane.decodes.cached(node, self._prompt)
-            self._plane.split.alone.add(uncached, record.first_event - began)
+            if self._plane.split.is_wanted:
+                uncached = self._prompt.tokens - self._plane.decodes.cached(node, self._prompt)
+                self._plane.split.alone.add(uncached, record.first_event - began)
             self._decodes(seat)
             await self._delivery.relay(leg, answer, first, route, None)
         finally:
@@ -157,12 +159,12 @@ class Attempt:
 
     # -- prefill
 
-    def _look_at_prompt(self) -> Prompt:
+    def _look_at_prompt(self, *, is_handed_over: bool) -> Prompt:
         """What the choice of nodes looks at."""
         asked, same = self._request.asked, self._request.same_prompt
         session = next((value for name, value in self._request.headers if name == b"x-session-id"), b"")
         prefills = self._plane.prefills
-        with_keys = prefills.looks_at_prompts or self._plane.decodes.looks_at_prompts
+        with_keys = (is_handed_over and prefills.looks_at_prompts) or self._plane.decodes.looks_at_prompts
         if same is None:
             return prefills.read(asked.body, asked.tokens, session, with_keys=with_keys)
         if same.prompt is None:
@@ -417,7 +419,8 @@ class Attempt:
         now = time.perf_counter()
         self._record.hand_off_s = now - began
         self._record.first_event = now
-        self._plane.split.hand_off.add(prefilled.prompt_tokens, now - began)
+        if self._plane.split.is_wanted:
+            self._plane.split.hand_off.add(prefilled.prompt_tokens, now - began)
 
     def _decodes(self, seat: Lease) -> None:
         """Its node has the prompt, and what it looks like matters no more: a stream may be long."""

@@ -224,7 +224,9 @@ class Fleet:
         """Of every node of the role why it is not usable, or not with this partner."""
         fenced = f"hand-offs with {partner.spec.name} are fenced" if partner else None
         nodes = self._nodes[role]
-        return "; ".join(f"{node.spec.name}: {node.why_not or fenced}" for node in nodes) or f"there is no {role} node"
+        why = (node.why_not or ("the other node of the hand-off" if node is partner else fenced) for node in nodes)
+        told = (f"{node.spec.name}: {reason}" for node, reason in zip(nodes, why, strict=True))
+        return "; ".join(told) or f"there is no {role} node"
 
     async def until_usable(self, role: Role) -> bool:
         """Wait a moment for a role whose nodes have all just gone down together: most often it is the machine that

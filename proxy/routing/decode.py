@@ -47,7 +47,7 @@ class DecodeRouter:
         now = self._now()
 
         def cost(node: Node) -> Cost:
-            return node.live_tokens(now) - self.cached(node, prompt), prompt.rank(node.spec.url)
+            return node.live_tokens(now) - self.cached(node, prompt), prompt.turn_at(node.spec.url)
 
         return choose(self._fleet, Role.DECODE, avoid, model, partner, cost_of=cost)
 

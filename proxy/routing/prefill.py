@@ -173,7 +173,9 @@ class PrefillRouter:
             return after
         turn, cost_in = node.ranks.index(after), self._cost_in(prompt)
         in_turn = node.ranks[turn:] + node.ranks[:turn]
-        return min(in_turn, key=lambda rank: (cost_in(self._queue(node, rank.number)), prompt.rank(str(rank.number))))
+        return min(
+            in_turn, key=lambda rank: (cost_in(self._queue(node, rank.number)), prompt.turn_at(str(rank.number)))
+        )
 
     def sent(self, node: Node, rank: Rank | None, prompt: Prompt) -> Sent:
         """Count it on the node, for as long as this is entered."""
@@ -226,7 +228,7 @@ class PrefillRouter:
 
         def cost(node: Node) -> Cost:
             ranks = [rank.number for rank in node.ranks] or (0,)
-            return min(cost_in(self._queue(node, number)) for number in ranks), prompt.rank(node.spec.url)
+            return min(cost_in(self._queue(node, number)) for number in ranks), prompt.turn_at(node.spec.url)
 
         return cost
 

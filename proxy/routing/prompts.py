@@ -44,8 +44,8 @@ class Prompt:
         """Of each piece."""
         return self.tokens / self.pieces
 
-    def rank(self, place: str) -> int:
-        """Of a place for the session: the lowest is its own, in every process and in every life of the proxy."""
+    def turn_at(self, place: str) -> int:
+        """Of the session at a place: the lowest is its own, in every process and in every life of the proxy."""
         return zlib.crc32(self.session + place.encode()) if self.session else 0
 
 

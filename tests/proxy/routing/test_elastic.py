@@ -85,7 +85,7 @@ def test_no_node_hands_over_to_itself() -> None:
     first, second = nodes
     assert {choose(nodes, Role.PREFILL, partner=first) for _ in range(4)} == {second}
     second.failed("gone")
-    with pytest.raises(NoNodeError, match="no usable prefill node"):
+    with pytest.raises(NoNodeError, match="both-0: the other node of the hand-off; both-1: gone"):
         choose(nodes, Role.PREFILL, partner=first)
     assert not nodes.can_hand_over()
     assert nodes.usable_pairs() == []
