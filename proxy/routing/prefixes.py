@@ -5,30 +5,35 @@ too much cached than too little: believed to be half as large as it is, a cache 
 size costs nothing (ROUTING.md, A6). The node's own count of cached tokens corrects it.
 """
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
-from itertools import pairwise
 
 from .prompts import Prompt
 
 MOST_KEYS = 131_072
-"""Of one cache: some 30 MB. At 64 tokens a key, eight million tokens."""
+"""Of one cache: some 15 MB. At 64 tokens a key, eight million tokens."""
 MOST_TOKENS = 1 << 40
 """A capacity beyond it is none: whatever a node says."""
 
 
-@dataclass(slots=True)
-class _Entry:
-    """The end of a piece of some prompt."""
+@dataclass(slots=True, eq=False)
+class _Segment:
+    """Pieces that follow each other and have been used by the same requests."""
 
-    tokens: float
-    """From the beginning of the prompt to here."""
+    keys: tuple[int, ...]
     own: float
-    """Of this piece."""
+    """Tokens of each piece."""
+    sent: int
+    """Number of the request that sent it first."""
     touched: int
-    """Number of the last request that used it."""
+    """... of the last one that used it. No segment is touched later than the one before it in its prompt."""
     computed: bool = False
     """A prefill of it has ended, so the node must have had it."""
+
+    @property
+    def tokens(self) -> float:
+        return self.own * len(self.keys)
 
 
 @dataclass(slots=True)
@@ -42,7 +47,7 @@ class Expected:
     certain: float = 0.0
     """... of which a prefill had ended by then."""
     touched: tuple[tuple[float, int], ...] = ()
-    """Of each piece of the certain ones: the tokens up to its end, and the request that had used it last."""
+    """Of each segment of the certain ones: the tokens up to its end, and the request that had used it last."""
 
 
 class PrefixModel:
@@ -50,13 +55,15 @@ class PrefixModel:
 
     def __init__(self, capacity: int | None = None) -> None:
         """`capacity`: in tokens; None when the node does not say."""
-        self._entries: OrderedDict[int, _Entry] = OrderedDict()
+        self._at: dict[int, _Segment] = {}
+        self._used: OrderedDict[_Segment, None] = OrderedDict()
+        """The one that was used longest ago first; of one prompt's the last one first."""
         self._tokens = 0.0
         self._requests = 0
         self.capacity = capacity
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._at)
 
     @property
     def tokens(self) -> float:
@@ -65,22 +72,19 @@ class PrefixModel:
 
     def cached(self, prompt: Prompt) -> float:
         """Tokens of the prompt that it believes to be cached: of as many as the prompt is believed to have."""
-        return self._depth(prompt) * prompt.piece_tokens
+        return self._depth(prompt.keys) * prompt.piece_tokens
 
     def sent(self, prompt: Prompt) -> Expected:
         """The node gets this prompt, and will have all of it cached."""
         self._requests += 1
-        expected = self._expected(prompt)
-        own = prompt.piece_tokens
-        for number in range(len(prompt.keys), 0, -1):
-            key = prompt.keys[number - 1]
-            entry = self._entries.get(key)
-            if entry is None:
-                self._entries[key] = _Entry(number * own, own, self._requests)
-                self._tokens += own
-            else:
-                entry.touched = self._requests
-                self._entries.move_to_end(key)
+        depth = self._depth(prompt.keys)
+        known = self._known(prompt.keys, depth)
+        expected = _expected(self._requests, known)
+        if depth < len(prompt.keys):
+            self._add(_Segment(prompt.keys[depth:], prompt.piece_tokens, self._requests, self._requests))
+        for segment in reversed(known):
+            segment.touched = self._requests
+            self._used.move_to_end(segment)
         self._keep_within_capacity()
         return expected
 
@@ -91,65 +95,107 @@ class PrefixModel:
         What it no longer had, it had not used for longest; so it has nothing left that was used before that either.
         """
         own = prompt.piece_tokens
-        for number, key in enumerate(prompt.keys, 1):
-            entry = self._entries.get(key)
-            if entry is not None:
-                self._tokens += own - entry.own
-                entry.tokens, entry.own, entry.computed = number * own, own, True
+        for segment in self._parts(prompt.keys):
+            self._tokens += (own - segment.own) * len(segment.keys)
+            segment.own, segment.computed = own, True
         if cached is not None and cached + slack < expected.certain:
             gone = (touched for tokens, touched in expected.touched if tokens > cached + slack)
             self._forget_until(max(gone, default=0))
 
     def lost(self, prompt: Prompt, expected: Expected) -> None:
-        """The prefill failed: what nobody has computed, and nobody else has asked for since, is not there."""
-        for key in prompt.keys:
-            entry = self._entries.get(key)
-            if entry is not None and not entry.computed and entry.touched == expected.request:
-                self._drop(key, entry)
+        """The prefill failed: what nobody has computed, and nobody else has asked for, is not there."""
+        for segment in self._parts(prompt.keys):
+            if not segment.computed and segment.sent == segment.touched == expected.request:
+                self._shorten(segment, len(segment.keys))
 
     def clear(self) -> None:
         """The node has started anew."""
-        self._entries.clear()
+        self._at.clear()
+        self._used.clear()
         self._tokens = 0.0
 
-    def _depth(self, prompt: Prompt) -> int:
-        """How many pieces are there. Where one is, all before it are: they were touched later (`sent`). Failed
-        prefills may leave a gap, which makes it a guess.
-        """
-        low, high = 0, len(prompt.keys)
+    def _depth(self, keys: tuple[int, ...]) -> int:
+        """How many pieces are there: where one is, all before it are."""
+        at = self._at
+        if not keys or keys[0] not in at:
+            return 0
+        low, high = 1, len(keys)
         while low < high:
             middle = (low + high + 1) // 2
-            if prompt.keys[middle - 1] in self._entries:
+            if keys[middle - 1] in at:
                 low = middle
             else:
                 high = middle - 1
         return low
 
-    def _expected(self, prompt: Prompt) -> Expected:
-        entries = list[_Entry]()
-        for key in prompt.keys:
-            if (entry := self._entries.get(key)) is None:
-                break
-            entries.append(entry)
-        if not entries:
-            return Expected(self._requests)
-        certain = next((number for number, entry in enumerate(entries) if not entry.computed), len(entries))
-        touched = [(entry.tokens, entry.touched) for entry in entries[:certain]]
-        thinned = [(tokens, at) for (tokens, at), (_, then) in pairwise([*touched, (0.0, -1)]) if at != then]
-        return Expected(self._requests, entries[-1].tokens, touched[-1][0] if touched else 0.0, tuple(thinned))
+    def _known(self, keys: tuple[int, ...], depth: int) -> list[_Segment]:
+        """The segments of the first so many pieces, which are there; the last one is cut in two where it goes on."""
+        found = list[_Segment]()
+        reached = 0
+        while reached < depth:
+            segment = self._at[keys[reached]]
+            if reached + len(segment.keys) > depth:
+                segment = self._cut(segment, depth - reached)
+            found.append(segment)
+            reached += len(segment.keys)
+        return found
+
+    def _parts(self, keys: tuple[int, ...]) -> list[_Segment]:
+        """The segments that are parts of a prompt, as far as they are still there. Of one that goes on another request
+        will say what became of it.
+        """
+        found = list[_Segment]()
+        reached = 0
+        while reached < len(keys) and (segment := self._at.get(keys[reached])) is not None:
+            reached += len(segment.keys)
+            if reached <= len(keys):
+                found.append(segment)
+        return found
+
+    def _cut(self, segment: _Segment, pieces: int) -> _Segment:
+        """The first so many pieces of it, as a segment of their own."""
+        first = _Segment(segment.keys[:pieces], segment.own, segment.sent, segment.touched, segment.computed)
+        segment.keys = segment.keys[pieces:]
+        self._tokens -= first.tokens
+        self._add(first)
+        return first
+
+    def _add(self, segment: _Segment) -> None:
+        self._at.update(dict.fromkeys(segment.keys, segment))
+        self._used[segment] = None
+        self._tokens += segment.tokens
 
     def _keep_within_capacity(self) -> None:
         capacity = MOST_TOKENS if self.capacity is None else min(self.capacity, MOST_TOKENS)
-        while self._entries and (self._tokens > capacity or len(self._entries) > MOST_KEYS):
-            self._drop_oldest()
+        while self._used and (self._tokens > capacity or len(self._at) > MOST_KEYS):
+            oldest = next(iter(self._used))
+            pieces = max(len(self._at) - MOST_KEYS, math.ceil((self._tokens - capacity) / (oldest.own or math.inf)))
+            self._shorten(oldest, max(pieces, 1))
 
     def _forget_until(self, request: int) -> None:
-        while self._entries and next(iter(self._entries.values())).touched <= request:
-            self._drop_oldest()
+        while self._used and (oldest := next(iter(self._used))).touched <= request:
+            self._shorten(oldest, len(oldest.keys))
 
-    def _drop_oldest(self) -> None:
-        self._tokens -= self._entries.popitem(last=False)[1].own
+    def _shorten(self, segment: _Segment, pieces: int) -> None:
+        """Drop its last pieces, so many or all."""
+        left = max(len(segment.keys) - pieces, 0)
+        self._tokens -= segment.tokens
+        for key in segment.keys[left:]:
+            del self._at[key]
+        segment.keys = segment.keys[:left]
+        self._tokens += segment.tokens
+        if not left:
+            del self._used[segment]
 
-    def _drop(self, key: int, entry: _Entry) -> None:
-        del self._entries[key]
-        self._tokens -= entry.own
+
+def _expected(request: int, known: list[_Segment]) -> Expected:
+    if not known:
+        return Expected(request)
+    cached = certain = 0.0
+    touched = list[tuple[float, int]]()
+    for segment in known:
+        cached += segment.tokens
+        if segment.computed and certain + segment.tokens == cached:
+            certain = cached
+            touched.append((cached, segment.touched))
+    return Expected(request, cached, certain, tuple(touched))

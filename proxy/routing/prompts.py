@@ -6,7 +6,8 @@ of ids. Two requests whose prompts begin alike have their first keys in common.
 
 import zlib
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, count, repeat
+from operator import xor
 from typing import Any
 
 import orjson
@@ -68,13 +69,15 @@ def _keys_of(body: JSONObject) -> tuple[tuple[int, ...], float]:
     if isinstance(ids, list) and ids and is_ids(ids):
         whole: list[Any] = [tuple(ids[at : at + PIECE_IDS]) for at in _starts(len(ids), PIECE_IDS)]
         return _chained(seed, whole), len(ids) / PIECE_IDS
-    text = b"".join(_text(body[name]) for name in _IN_ORDER if body.get(name))
+    text = b"".join([_text(body[name]) for name in _IN_ORDER if body.get(name)])
     whole = [text[at : at + PIECE_BYTES] for at in _starts(len(text), PIECE_BYTES)]
     return _chained(seed, whole), len(text) / PIECE_BYTES or 1.0
 
 
 def _chained(seed: int, pieces: list[Any]) -> tuple[int, ...]:
-    return tuple(accumulate(pieces, lambda parent, piece: hash((parent, piece)), initial=seed))[1:]
+    """The n-th is the exclusive or of the hashes of the first n pieces, each with its place: all of it in C."""
+    hashes = map(hash, zip(repeat(seed), count(), pieces))
+    return tuple(accumulate(hashes, xor))
 
 
 def _are_ids(prompt: Any) -> bool:

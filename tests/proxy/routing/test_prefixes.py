@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,6 +70,23 @@ def test_a_prefill_that_failed_takes_nothing_from_one_that_is_under_way() -> Non
     assert model.cached(prompt(1, 2, 3)) == 3 * PIECE_IDS
 
 
+def test_one_that_failed_takes_nothing_from_another_that_asked_for_the_same() -> None:
+    model = PrefixModel(ROOM)
+    model.sent(prompt(1, 2))
+    model.lost(prompt(1, 2), model.sent(prompt(1, 2)))
+    assert model.cached(prompt(1, 2)) == 2 * PIECE_IDS
+
+
+def test_what_a_longer_prompt_put_there_is_not_computed_by_a_shorter_one() -> None:
+    model = PrefixModel(2 * PIECE_IDS)
+    short = model.sent(prompt(1, 2))
+    computed(model, prompt(8, 9))
+    model.capacity = ROOM
+    longer = model.sent(prompt(1, 2, 3))
+    model.computed(prompt(1, 2), short, 0, slack=BLOCK)
+    assert longer.certain == model.sent(prompt(1, 2, 3)).certain == 0
+
+
 @given(
     st.lists(
         st.tuples(
@@ -94,6 +112,8 @@ def test_whatever_fails_and_in_whatever_order_it_ends_it_holds_together(
                 model.computed(asked, expected, source.randrange(asked.tokens + 1), slack=BLOCK)
         assert 0 <= model.cached(prompt(*ids)) <= len(ids) * PIECE_IDS
         assert -1e-6 <= model.tokens <= 6 * PIECE_IDS
+        assert len(model) <= 6
+        assert model.tokens == pytest.approx(len(model) * PIECE_IDS)
 
 
 def test_what_was_used_longest_ago_goes_first_and_its_end_before_its_beginning() -> None:
