@@ -137,6 +137,9 @@ class HandOff(Protocol):
 class Connector(Protocol):
     """A KV connector, seen from the proxy."""
 
+    moves_kv: bool
+    """Prefill nodes hand prompts over to decode nodes; without it each node computes its own."""
+
     has_bootstrap: bool
     """Prefill nodes have a bootstrap server, where the identity of their present life is found."""
 

@@ -81,5 +81,11 @@ class Topology(BaseModel):
                 raise ValueError(f"node {without[0]!r} needs 'bootstrap', the address of its bootstrap server")
         return self
 
+    @model_validator(mode="after")
+    def _hands_over_with_a_connector(self) -> Self:
+        if not CONNECTORS[self.connector].moves_kv and self.of(Role.PREFILL):
+            raise ValueError("without a connector all nodes are decode nodes: each computes its own prompts")
+        return self
+
     def of(self, role: Role) -> tuple[Node, ...]:
         return tuple(node for node in self.nodes if node.role.does(role))

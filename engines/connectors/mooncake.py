@@ -50,6 +50,7 @@ class HandOff:
 class MooncakeConnector:
     """The connector, seen from the proxy."""
 
+    moves_kv = True
     has_bootstrap = True
     is_best_effort = False
     needs_store = False

@@ -32,6 +32,7 @@ class HandOff:
 class MooncakeStoreConnector:
     """The connector, seen from the proxy."""
 
+    moves_kv = True
     has_bootstrap = False
     is_best_effort = True
     needs_store = True

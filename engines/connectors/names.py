@@ -7,9 +7,10 @@ from .mooncake import MooncakeConnector
 from .mooncake_store import MooncakeStoreConnector
 from .multi import MultiConnector
 from .nixl import NixlConnector
+from .none import NoConnector
 
-ConnectorName = Literal["MooncakeConnector", "MooncakeStoreConnector", "MultiConnector", "NixlConnector"]
-LaunchedConnector = Literal["MooncakeConnector", "MooncakeStoreConnector", "MultiConnector"]
+ConnectorName = Literal["MooncakeConnector", "MooncakeStoreConnector", "MultiConnector", "NixlConnector", "none"]
+LaunchedConnector = Literal["MooncakeConnector", "MooncakeStoreConnector", "MultiConnector", "none"]
 """Those that nodes can be started with here."""
 
 CONNECTORS: dict[ConnectorName, Connector] = {
@@ -17,4 +18,5 @@ CONNECTORS: dict[ConnectorName, Connector] = {
     "MooncakeStoreConnector": MooncakeStoreConnector(),
     "MultiConnector": MultiConnector(),
     "NixlConnector": NixlConnector(),
+    "none": NoConnector(),
 }

@@ -38,6 +38,7 @@ class HandOff:
 class NixlConnector:
     """The connector, seen from the proxy."""
 
+    moves_kv = True
     has_bootstrap = False
     is_best_effort = False
     needs_store = False

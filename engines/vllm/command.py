@@ -179,10 +179,10 @@ def arguments(launch: Launch) -> list[str]:
 
     That module and not `vllm serve`: the CPU build's script dies looking for a distribution named `vllm`.
     """
-    config = _kv_transfer_config(launch)
     args = ["--model", launch.model, "--served-model-name", *launch.served_names]
     args += ["--host", launch.host, "--port", str(launch.port)]
-    args += ["--kv-transfer-config", json.dumps(config, separators=(",", ":"))]
+    if launch.connector != "none":
+        args += ["--kv-transfer-config", json.dumps(_kv_transfer_config(launch), separators=(",", ":"))]
     args += ["--allowed-media-domains", _NO_DOMAIN]
     args += ["--enable-prompt-tokens-details"]  # without it nobody can tell cached tokens from transferred ones
     if launch.max_model_len is not None:
@@ -219,12 +219,14 @@ def _kv_transfer_config(launch: Launch) -> JSONObject:
 
 def environment(launch: Launch) -> dict[str, str]:
     """Variables set for the node, on top of those it inherits."""
-    variables = mooncake.environment(
-        transfer_ports=launch.transfer_ports,
-        bootstrap_port=launch.bootstrap_port,
-        protocol=launch.protocol,
-        transfer_timeout_s=launch.transfer_timeout_s,
-    )
+    variables = {}
+    if launch.connector != "none":
+        variables = mooncake.environment(
+            transfer_ports=launch.transfer_ports,
+            bootstrap_port=launch.bootstrap_port,
+            protocol=launch.protocol,
+            transfer_timeout_s=launch.transfer_timeout_s,
+        )
     variables |= {
         "VLLM_HOST_IP": launch.host,  # else guessed, and a wrong network card is a transfer that times out
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",  # the default, 5 s, drops the proxy's idle connections
@@ -250,4 +252,4 @@ def environment(launch: Launch) -> dict[str, str]:
 
 def needs_plugins(launch: Launch) -> bool:
     """Whether the node loads a module of ours, by a name in its KV transfer configuration."""
-    return launch.device == "cpu" or launch.connector == "MultiConnector"
+    return launch.connector != "none" and (launch.device == "cpu" or launch.connector == "MultiConnector")

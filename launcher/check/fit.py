@@ -22,6 +22,8 @@ _BETTER_EQUAL = ("--max-model-len", "--attention-backend", "--model-impl", "--en
 
 
 def check(config: LaunchConfig, plan: Plan, facts: HostFacts) -> tuple[str, Iterator[Finding]] | None:
+    if plan.connector == "none":
+        return None
     sizes = {str(role): plan.of(role)[0].seat for role in Role}
     looked_at = ", ".join(f"{role} TP {seat.tensor} PP {seat.pipeline} DP {seat.data}" for role, seat in sizes.items())
     return looked_at, _found(config, plan, facts)

@@ -12,6 +12,8 @@ from .findings import Finding, error, warning
 
 
 def check(config: LaunchConfig, plan: Plan, facts: HostFacts) -> tuple[str, Iterator[Finding]] | None:
+    if plan.connector == "none":
+        return "none: each node computes its own prompts", iter(())
     return f"{plan.connector} over {plan.protocol} ({plan.protocol_why})", _found(config, plan, facts)
 
 

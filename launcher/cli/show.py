@@ -57,7 +57,8 @@ def plan(console: Console, made: Plan, *, verbose: bool) -> None:
         console,
         f"{nodes}: {made.engine} on {made.device}",
     )
-    _line(console, f"{made.connector} over {made.protocol}: {made.protocol_why}")
+    over = "no KV connector" if made.connector == "none" else f"{made.connector} over {made.protocol}"
+    _line(console, f"{over}: {made.protocol_why}")
     if made.download is not None:
         _line(console, f"model {made.download.model}: fetched first, if it is not in the cache")
     table = _table("\nname", "\napi", "\nbootstrap", "\ntransfer", "\nGPUs", "\nTP·PP·DP")
@@ -179,7 +180,7 @@ def _status(found: "Status", *, verbose: bool) -> Group:
         (found.health, colour),
         f"  {found.model} on {found.proxy_url}  {found.phase}{elsewhere}, {_age(found.age_s)}\n",
         f"{found.run_dir}\n",
-        f"KV moved at the start: {found.proven}\n" if found.proven else "no hand-off proven yet\n",
+        _proof_in_words(found),
     )  # fmt: skip
     table = _table("name", "state", "age", "api", "requests", "KV use", "KV moves")
     for child in found.children:
@@ -189,6 +190,12 @@ def _status(found: "Status", *, verbose: bool) -> Group:
         )  # fmt: skip
     lines: list[RenderableType] = [Text(line) for child in found.children for line in _told_of(child, verbose=verbose)]
     return Group(head, table, *lines)
+
+
+def _proof_in_words(found: "Status") -> str:
+    if found.proven:
+        return f"KV moved at the start: {found.proven}\n"
+    return "no KV connector: nothing is handed over\n" if found.connector == "none" else "no hand-off proven yet\n"
 
 
 def _requests(child: "ChildStatus") -> str:

@@ -221,7 +221,8 @@ class LaunchConfig(BaseModel):
 
     connector: LaunchedConnector = Field(
         "MooncakeConnector",
-        description="How KV gets from node to node: pulled directly, through a shared store, or both.",
+        description="How KV gets from node to node: pulled directly, through a shared store, or both. 'none': not at "
+        "all, each decode node computes its own prompts.",
     )
     transfer_protocol: Literal["auto", "tcp", "rdma"] = Field(
         "auto", description="How KV moves. 'auto': rdma on GPUs where an RDMA adapter can be used, else tcp."
@@ -263,13 +264,21 @@ class LaunchConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _has_no_others_beside_those_that_do_both(cls, given: Any) -> Any:
+    def _has_no_others_than_those_it_needs(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("both"):
             return {"prefill": 0, "decode": 0} | given
+        if isinstance(given, dict) and given.get("connector") == "none":
+            return {"prefill": 0} | given
         return given
 
     @model_validator(mode="after")
-    def _can_hand_over(self) -> Self:
+    def _can_serve(self) -> Self:
+        if self.connector == "none":
+            if self.prefill or self.both or not self.decode:
+                raise ValueError(
+                    "connector none: each node computes its own prompts, and hands nothing over; give only --decode"
+                )
+            return self
         if not self.prefill + self.both or not self.decode + self.both or self.prefill + self.decode + self.both < 2:
             raise ValueError(
                 f"--prefill {self.prefill}, --decode {self.decode} and --both {self.both} cannot hand over: a run "

@@ -242,6 +242,8 @@ def _ours(facts: HostFacts, *further: str) -> dict[str, str]:
 
 def _protocol(config: LaunchConfig, facts: HostFacts) -> tuple[mooncake.Protocol, str]:
     """... and why."""
+    if config.connector == "none":
+        return "tcp", "KV stays where it is"
     if config.transfer_protocol != "auto":
         return config.transfer_protocol, "asked for"
     if config.device == "cpu":

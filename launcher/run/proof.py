@@ -84,6 +84,12 @@ def _pair(told: Mapping[str, str]) -> str:
     return f"{told['prefill']} to {told['decode']}: {told['problem']}"
 
 
+async def answer(plan: Plan, show: Callable[[str], None]) -> None:
+    """Without a connector there is nothing to prove: one question. Raises LauncherError when no answer comes."""
+    async with httpx.AsyncClient(trust_env=False, timeout=300) as client:
+        await _ask(client, plan, QUESTION.format(1), show)
+
+
 async def prove(plan: Plan, show: Callable[[str], None]) -> Proof:
     """Ask as many questions as it takes to use every node once; the first answer goes to `show` as it comes.
 

@@ -9,6 +9,7 @@ import httpx
 
 from engines.base import NodeRole, Role
 from engines.connectors import mooncake
+from engines.connectors.names import CONNECTORS
 
 from ..errors import NodeDiedError, NotReadyError
 from ..events.tail import tail
@@ -34,9 +35,12 @@ async def service_ready(child: Running, timeout_s: float) -> None:
 
 
 async def proxy_ready(child: Running, plan: Plan, timeout_s: float) -> None:
-    """Returns when the proxy says that it can hand requests over; raises NodeDiedError or NotReadyError."""
+    """Returns when the proxy says that it can hand requests over, or without a connector answer them; raises
+    NodeDiedError or NotReadyError.
+    """
     async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
-        await before_it_ends(child, _until_it_hands_over(client, f"{plan.proxy_url}/health"), timeout_s)
+        ready = _until_it_serves(client, f"{plan.proxy_url}/health", moves_kv=CONNECTORS[plan.connector].moves_kv)
+        await before_it_ends(child, ready, timeout_s)
 
 
 async def proxy_listens(child: Running, plan: Plan, timeout_s: float) -> None:
@@ -104,7 +108,7 @@ async def _until_ok(client: httpx.AsyncClient, url: str) -> None:
         await asyncio.sleep(_ASK_EVERY_S)
 
 
-async def _until_it_hands_over(client: httpx.AsyncClient, url: str) -> None:
+async def _until_it_serves(client: httpx.AsyncClient, url: str, *, moves_kv: bool) -> None:
     """A proxy answers without a prefill node, too: nothing could be proven through it.
 
     Raises NotReadyError when it has looked at the nodes, which are ready, and does not use them.
@@ -115,6 +119,8 @@ async def _until_it_hands_over(client: httpx.AsyncClient, url: str) -> None:
         with suppress(httpx.HTTPError):
             nodes = (await client.get(url)).json()["nodes"]
             usable = [NodeRole(node["role"]) for node in nodes if node["usable"]]
+            if usable and not moves_kv:
+                return
             if len(usable) > 1 and all(any(role.does(part) for role in usable) for part in Role):
                 return
             since = since or loop.time()

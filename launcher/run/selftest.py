@@ -21,7 +21,7 @@ from engines.base import Role
 from engines.known import ENGINES
 from engines.symptoms.catalogue import known
 
-from ..errors import KVNotMovedError, LauncherError
+from ..errors import ConfigError, KVNotMovedError, LauncherError
 from ..events.events import Events
 from ..events.tail import tail
 from ..hosts.host import Host
@@ -73,6 +73,8 @@ _HAND_OFF = _Stage(
 
 async def run(config: LaunchConfig, reserved: Reserved, host: Host, folder: RunFolder, events: Events) -> None:
     """All stages; everything is down again afterwards. Raises SelfTestError at the first that fails."""
+    if config.connector == "none":
+        raise ConfigError("--connector none: nothing is handed over that could be tried", "`pd-launch up` tries it")
     if not ENGINES[config.engine].is_simulated:
         async with _stage(_TRANSFER), events.shown():
             with events.step("1 transfer engine: two of them, on the planned ports"):

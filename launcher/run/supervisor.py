@@ -172,6 +172,9 @@ class Supervisor:
         answer: list[str] = []
         self._events.say(f"\nasked     {proof.QUESTION.format(1)}", "text")
         try:
+            if self.plan.connector == "none":
+                await proof.answer(self.plan, answer.append)
+                return
             result = await proof.prove(self.plan, answer.append)
         finally:
             if answer:

@@ -32,7 +32,8 @@ def add_routes(app: FastAPI, parts: Components) -> None:
             return "unavailable"
         stuck = any(watch.verdict(node) == "not moving" for node in fleet.of(Role.DECODE))
         fenced = fleet.pairs.are_any_fenced and any(fleet.pairs.is_fenced(*pair) for pair in fleet.usable_pairs())
-        is_well = bool(fleet.usable_pairs()) and not stuck and not fenced and not parts.supervisor.down
+        is_whole = bool(fleet.usable_pairs()) or not fleet.connector.moves_kv
+        is_well = is_whole and not stuck and not fenced and not parts.supervisor.down
         return "ok" if is_well else "degraded"
 
     @app.api_route("/health", methods=["GET", "HEAD"])
@@ -44,7 +45,7 @@ def add_routes(app: FastAPI, parts: Components) -> None:
         no more.
         """
         now = status()
-        nodes = [_node_health(node, watch) for node in fleet]
+        nodes = [_node_health(node, watch if fleet.connector.moves_kv else None) for node in fleet]
         told: JSONObject = {"status": now, "nodes": nodes}
         if parts.plane.split.is_wanted:
             told["split"] = {"crossover_tokens": parts.plane.split.crossover_tokens}
@@ -109,7 +110,8 @@ def _add_model_routes(app: FastAPI, parts: Components, can_serve: Callable[[], b
         return JSONResponse({"version": found})
 
 
-def _node_health(node: Node, watch: TransferWatch) -> JSONObject:
+def _node_health(node: Node, watch: TransferWatch | None) -> JSONObject:
+    """`watch`: where KV is to move."""
     health: JSONObject = {
         "name": node.spec.name,
         "role": node.spec.role,
@@ -119,7 +121,7 @@ def _node_health(node: Node, watch: TransferWatch) -> JSONObject:
     }
     if node.leaning is not None:
         health["leaning"] = node.leaning
-    if node.spec.role.does(Role.DECODE):
+    if watch is not None and node.spec.role.does(Role.DECODE):
         health["kv"] = watch.verdict(node)
     return health
 

@@ -84,8 +84,11 @@ def routers(urls: Sequence[str]) -> dict[str, System]:
         port = free_port()
         program = [sys.executable, "-P", "-m", "proxy.cli", "--port", str(port), "--prefill-policy", policy]
         found[f"pd-proxy {policy}"] = System(policy, [*program, *urls], port)
+    port = free_port()
+    four = [sys.executable, "-P", "-m", "proxy.cli", "--port", str(port), "--workers", "4"]
+    found["pd-proxy 4 workers"] = System("4 workers", [*four, *urls], port)
     if (router := ENVIRONMENT / "bin" / "vllm-router").exists():
-        for policy in ("cache_aware", "power_of_two", "round_robin", "consistent_hash"):
+        for policy in ("cache_aware", "power_of_two", "round_robin", "consistent_hash", "kv_aware"):
             mode = ["--vllm-pd-disaggregation", "--kv-connector", "mooncake", "--policy", policy]
             found[f"vllm-router {policy}"] = _peer(policy, [str(router), *mode], urls)
     if (gateway := ENVIRONMENT / "bin" / "smg").exists():

@@ -15,6 +15,7 @@ whose KV does not move is no comparison: its decode nodes compute every prompt a
 import argparse
 import contextlib
 import json
+import math
 import signal
 import statistics
 import subprocess
@@ -27,7 +28,7 @@ from pathlib import Path
 import httpx
 
 from engines.sim.timing import Speeds
-from tests.processes import ROOT, Sim, running, sim_node, wait_until
+from tests.processes import ROOT, Sim, metric, running, sim_node, wait_until
 
 from . import peers, workloads
 from .peers import System
@@ -115,9 +116,21 @@ def measure(system: System, case: Case, prefills: list[Sim], decodes: list[Sim])
         "TPOT ms": 1000 * statistics.fmean(tpot or [float("inf")]),
         "goodput %": 100 * met / len(rows),
         "imbalance": max(computed) / max(statistics.fmean(computed), 1),
+        "as predicted %": _as_predicted(system),
         "errors": len(rows) - len(good),
         "load's CPU %": 100 * busy,
     }
+
+
+def _as_predicted(system: System) -> float:
+    """Of pd-proxy's predictions of what is cached, beside what the nodes said; NaN for a system that makes none."""
+    if "proxy.cli" not in system.command:
+        return math.nan
+    url = f"http://127.0.0.1:{system.port}"
+    right, less, more = (
+        metric(url, "pd_prefix_predictions_total", outcome=one) for one in ("as-predicted", "less", "more")
+    )
+    return 100 * right / (right + less + more) if right + less + more else math.nan
 
 
 def _tokens(node: Sim, source: str) -> float:

@@ -47,6 +47,12 @@ def test_a_prefill_node_needs_a_bootstrap_where_its_connector_has_one() -> None:
     assert Topology.model_validate({"connector": "NixlConnector", "nodes": nodes}).nodes[0].bootstrap is None
 
 
+def test_without_a_connector_no_node_prefills_for_another() -> None:
+    assert Topology.model_validate({"connector": "none", "nodes": [DECODE]}).of(Role.DECODE)
+    with pytest.raises(ValidationError, match="all nodes are decode nodes"):
+        Topology.model_validate({"connector": "none", "nodes": [PREFILL, DECODE]})
+
+
 @pytest.mark.parametrize("same", ["name", "url"])
 def test_no_node_is_there_twice(same: str) -> None:
     other = DECODE | {same: PREFILL[same]}

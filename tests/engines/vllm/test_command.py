@@ -104,6 +104,14 @@ def test_a_decode_node_that_pulls_over_tcp_keeps_no_prefix_cache(connector: Any)
     assert alone not in command.arguments(launch(role=NodeRole.DECODE, connector="MooncakeStoreConnector"))
 
 
+def test_without_a_connector_it_is_an_ordinary_server() -> None:
+    ordinary = launch(role=NodeRole.DECODE, connector="none", device="cpu", bootstrap_port=None)
+    args = command.arguments(ordinary)
+    assert not {"--kv-transfer-config", "--no-enable-prefix-caching"} & set(args)
+    assert not [name for name in command.environment(ordinary) if name.startswith(("MC_", "VLLM_MOONCAKE"))]
+    assert not command.needs_plugins(ordinary)
+
+
 METRICS = """\
 # TYPE vllm:prompt_tokens_by_source counter
 vllm:prompt_tokens_by_source_total{engine="0",model_name="tiny",source="local_compute"} 28.0

@@ -42,6 +42,17 @@ def test_it_brings_up_the_nodes_proves_that_kv_moves_and_answers(tmp_path: Path)
         ]  # fmt: skip
 
 
+def test_without_a_connector_ordinary_nodes_answer(tmp_path: Path) -> None:
+    with up(tmp_path, *SIM, "--connector", "none", "--decode", "2") as run:
+        run.until("Ready:", PATIENCE_S)
+        assert "KV moved" not in run.output
+        assert http.get(f"{run.url}/health").json()["status"] == "ok"
+        answer = http.post(f"{run.url}/v1/completions", json={"model": "tiny", "prompt": "hello"})
+        assert answer.headers["x-pd-path"] == "aggregated; reason=no-prefill"
+        assert "no KV connector" in at_once("status", "--run-dir", str(run.run_dir)).stdout
+        assert {child["kv"] for child in run.status()["children"]} == {None}
+
+
 def test_flags_and_keys_for_the_proxy_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PD_PROXY_API_KEYS", "a-key,another")
     with up(tmp_path, *SIM, "--proxy-args=--min-prefill-tokens", "--proxy-args=40") as run:

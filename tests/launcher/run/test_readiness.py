@@ -42,12 +42,16 @@ def told(prefill: str | None, decode: str | None) -> dict[str, Any]:
     }
 
 
-def waited(*tellings: dict[str, Any]) -> None:
+def waited(*tellings: dict[str, Any], moves_kv: bool = True) -> None:
     async def story() -> None:
         async with health(*tellings) as url, httpx.AsyncClient(trust_env=False) as client, asyncio.timeout(30):
-            await readiness._until_it_hands_over(client, url)
+            await readiness._until_it_serves(client, url, moves_kv=moves_kv)
 
     asyncio.run(story())
+
+
+def test_without_a_connector_it_is_ready_when_it_uses_any_node() -> None:
+    waited(told("not probed yet", "not probed yet"), told("not probed yet", None), moves_kv=False)
 
 
 def test_it_is_ready_when_it_uses_a_node_of_each_role_whatever_else_is_wrong() -> None:
