@@ -28,6 +28,7 @@ ROOMS = {
     "launcher/setup": {"errors", "events", "plan"},
     "launcher/hosts": {"errors", "plan", "private", "setup"},
     "launcher/inspect": {"errors", "hosts", "plan", "private"},
+    "launcher/measure": {"check", "errors", "events", "hosts", "inspect", "plan", "private", "run"},
     "launcher/run": {"check", "errors", "events", "hosts", "inspect", "plan", "private", "setup"},
 }
 """What each may import of its package, besides itself."""

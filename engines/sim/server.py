@@ -16,7 +16,7 @@ import httpx
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ..base import JSONObject, NodeRole
 from ..openai.errors import error_body
@@ -85,6 +85,12 @@ class Counters:
         ).labels(model)
         queue = Gauge("vllm:num_requests_waiting", "Requests waiting.", ["model_name"], registry=self.registry)
         queue.labels(model).set_function(waiting)
+        self.queue_s, self.prefill_s, self.decode_s = (
+            Histogram(f"vllm:request_{phase}_time_seconds", f"Time in {phase}.", ["model_name"], registry=self.registry)
+            .labels(model)
+            for phase in ("queue", "prefill", "decode")
+        )
+        """A request's phases. As vLLM counts it, one that waits for KV is in the queue."""
 
 
 @dataclass
@@ -268,6 +274,7 @@ class SimNode:
     async def _admit(self, wanted: Wanted, stack: AsyncExitStack) -> tuple[tuple[int, ...], ...]:
         """Count the request as running, and get its prompts' KV: by transfer, or by computing it."""
         loop = self.loops[wanted.rank] if self.loops else None
+        arrived = time.monotonic()
         if loop is not None:
             await stack.enter_async_context(loop.place(sum(map(len, wanted.prompts))))
         stack.enter_context(self.counters.running.track_inprogress())
@@ -277,17 +284,34 @@ class SimNode:
         if prompts is not None:
             if loop is not None:
                 await loop.hand_off(sum(map(len, prompts)))
+                began = time.monotonic()
                 await loop.step()
+                self._note_phases(stack, arrived, began)
             self.counters.transferred.inc(sum(map(len, prompts)))
             return prompts
         await asyncio.sleep(self.faults.ttft_s)
         if loop is None:
             self._compute_all(wanted)
         else:
-            await loop.prefill(lambda: self._compute_all(wanted))
+            began = arrived
+
+            def begin() -> int:
+                nonlocal began
+                began = time.monotonic()
+                return self._compute_all(wanted)
+
+            await loop.prefill(begin)
+            self._note_phases(stack, arrived, began)
         self.counters.cached.inc(sum(wanted.found))
         self.counters.computed.inc(sum(map(len, wanted.prompts)) - sum(wanted.found))
         return wanted.prompts
+
+    def _note_phases(self, stack: AsyncExitStack, arrived: float, began: float) -> None:
+        """The last one when it ends."""
+        first_token = time.monotonic()
+        self.counters.queue_s.observe(began - arrived)
+        self.counters.prefill_s.observe(first_token - began)
+        stack.callback(lambda: self.counters.decode_s.observe(time.monotonic() - first_token))
 
     def _compute_all(self, wanted: Wanted) -> int:
         """How many tokens had to be computed."""

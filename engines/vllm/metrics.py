@@ -40,6 +40,28 @@ def gauges(metrics: str) -> Gauges:
     )
 
 
+PHASES = ("queue", "prefill", "decode")
+"""Of a request in one engine; one that waits for KV is in the queue (scheduler.py: it is scheduled when the KV came)."""
+
+
+def phases(metrics: str) -> dict[str, tuple[float, float]]:
+    """(seconds, requests) spent in each of `PHASES` since the node's start, from its `/metrics` text."""
+    return {phase: histogram(metrics, f"vllm:request_{phase}_time_seconds") for phase in PHASES}
+
+
+def histogram(metrics: str, name: str) -> tuple[float, float]:
+    """(sum, number) of what a histogram has seen, over all its labels."""
+    return _total(metrics, f"{name}_sum"), _total(metrics, f"{name}_count")
+
+
+def waiting_for_room(metrics: str) -> float:
+    """Requests that wait for a place in the batch or for blocks, and not for KV on its way."""
+    by_reason = f"{REQUESTS_WAITING}_by_reason{{"
+    if by_reason in metrics:
+        return _total(metrics, by_reason, 'reason="capacity"')
+    return _total(metrics, REQUESTS_WAITING + "{")
+
+
 CACHE_CONFIG = "vllm:cache_config_info{"
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _MUST_BE_EQUAL = (

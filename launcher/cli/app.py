@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("starting", "Check everything that `up` checks, and start nothing."),
     "test": ("starting", "Try it in stages: transfer engine, each node, addresses, one hand-off."),
     "up": ("starting", "Check, start and watch the nodes and the proxy; Ctrl-C stops all of it."),
+    "compare": ("comparing", "The same requests for different nodes on the same devices: which serves more in time?"),
     "ls": ("running", "All runs that are known here."),
     "status": ("running", "Nodes, ports, health, load and the proof that KV moves."),
     "logs": ("running", "All nodes' logs in one time line, or some nodes' only."),

@@ -107,11 +107,20 @@ class Supervisor:
     # -- start
 
     async def _start(self) -> None:
+        await self.start()
+        self._greet()
+
+    async def start(self) -> None:
+        """All of it, until it is proven that KV moves. Raises LauncherError, with what the logs say of it."""
         await self.start_nodes()
         await self.start_proxy()
         await self._prove()
-        self._greet()
         self._enter("ready")
+
+    async def while_all_live(self, work: Coroutine[Any, Any, None]) -> None:
+        """`work`, until a node ends. Raises NodeDiedError then, with what the logs say of it."""
+        async with self._explaining():
+            await self._fleet.unless_a_node_dies(work)
 
     async def start_nodes(self) -> None:
         """The model, services, then all nodes side by side. Raises LauncherError, with what the logs say of it."""
