@@ -20,6 +20,7 @@ ROOMS = {
     "proxy/downstream": {"errors", "upstream"},
     "proxy/nodes": {"errors", "settings", "upstream"},
     "proxy/routing": {"errors", "nodes"},
+    "proxy/simulation": {"nodes", "routing"},
     "proxy/exchange": {"errors", "metrics", "nodes", "routing", "settings", "upstream"},
     "proxy/serving": {"downstream", "errors", "exchange", "metrics", "nodes", "routing", "settings", "upstream"},
     "launcher/plan": {"errors", "private"},

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "test": ("starting", "Try it in stages: transfer engine, each node, addresses, one hand-off."),
     "up": ("starting", "Check, start and watch the nodes and the proxy; Ctrl-C stops all of it."),
     "compare": ("comparing", "The same requests for different nodes on the same devices: which serves more in time?"),
+    "size": ("sizing", "Measure a prefill and a decode node, and say how many of each some requests need."),
     "ls": ("running", "All runs that are known here."),
     "status": ("running", "Nodes, ports, health, load and the proof that KV moves."),
     "logs": ("running", "All nodes' logs in one time line, or some nodes' only."),

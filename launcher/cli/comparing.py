@@ -21,6 +21,7 @@ from ..measure import traces
 from ..measure.arms import arms as arms_of
 from ..measure.report import Report
 from ..measure.slo import Slo
+from ..measure.starting import refuse_longer
 from ..measure.workload import Workload
 from ..plan.config import LaunchConfig
 from ..plan.lockfile import LockFile
@@ -60,12 +61,12 @@ def compare(  # noqa: PLR0913, PLR0917  its flags
         raise ConfigError("--locked repeats one run, and does not go with `compare`")
     if chart is not None and find_spec("matplotlib") is None:
         raise ConfigError("--chart needs matplotlib", "pip install 'pd-launch[chart]'")
-    found = _workload(trace, workload, requests, rate, scale, piece_tokens, seed)
-    folder = (resume or config.run_dir or runs.folder().parent / "compared" / _now()).expanduser().absolute()
+    found = workload_of(trace, workload, requests, rate, scale, piece_tokens, seed)
+    folder = (resume or config.run_dir or runs.folder().parent / "compared" / now()).expanduser().absolute()
     job = comparing.Job(config, tuple(arms_of(arms)), found, Slo.parse(slo), rounds, folder)
     for arm in job.arms:
         arm.config(config)
-    comparing.refuse_longer(found, config.max_model_len)
+    refuse_longer(found, config.max_model_len)
     os.umask(0o077)
     comparing.begin(job, resume=resume is not None)
     report = _report(job, quiet=as_json)
@@ -91,7 +92,7 @@ def _report(job: comparing.Job, *, quiet: bool) -> Report:
     return Report(job, found)
 
 
-def _workload(  # noqa: PLR0913, PLR0917  flags
+def workload_of(  # noqa: PLR0913, PLR0917  flags
     trace: Path | None,
     workload: str | None,
     requests: int,
@@ -119,5 +120,5 @@ def _workload(  # noqa: PLR0913, PLR0917  flags
     return made.at_rate(rate, seed) if rate is not None else made
 
 
-def _now() -> str:
+def now() -> str:
     return time.strftime("%Y%m%d-%H%M%S")

@@ -16,15 +16,10 @@ from typing import Any
 import httpx
 
 from .. import private
-from ..check.checks import check as check_plan
-from ..check.findings import refuse_errors
 from ..errors import ConfigError, LauncherError, NodeDiedError
 from ..events.events import Events
-from ..events.files import InLog
 from ..hosts.host import Host
-from ..hosts.reserve import Reserved, reserve
-from ..inspect import logs
-from ..inspect.runs import RunFolder
+from ..hosts.reserve import Reserved
 from ..plan.config import LaunchConfig
 from ..plan.plan import Plan
 from ..run import proof
@@ -34,6 +29,7 @@ from .arms import Arm
 from .loadgen import Row
 from .slo import Slo
 from .stages import Stages
+from .starting import refuse_what_is_too_long, started, vocabulary_of
 from .workload import Workload
 
 MOST_TRIES = 2
@@ -45,12 +41,6 @@ ENOUGH_MOVED = 0.9
 _WARM_UP = 16
 _WARM_UP_GAP_S = 0.2
 _WARM_UP_DRAW = -1
-_FEWEST_TOKENS = 16
-"""That differ: of fewer no prompts can be made that do not begin alike."""
-_SAMPLE = (
-    "The quick brown fox jumps over the lazy dog; 0123456789 times it asked how many prompts a prefill node computes, "
-    "and why a decode node, which reads all of them in each step, would rather have fewer, longer or shorter ones."
-)
 
 
 @dataclass(frozen=True)
@@ -166,30 +156,15 @@ class Comparison:
         self._events.say(f"{arm} is out: {exc}\n{exc.hint}", "error")
 
     async def _started(self, arm: Arm, numbers: list[int]) -> None:
-        folder = RunFolder(self._job.folder / f"{arm.label}-start{self._starts}")
-        folder.claim()
-        try:
-            folder.set_aside()
-            config = arm.config(self._job.base, run_dir=folder.path)
-            reserved = self._reserved(config)
-            try:
-                self._note_held(arm, reserved)
-                events = Events(self._events.tell, InLog(folder.path / logs.OF_THE_LAUNCHER), live=self._events.live)
-                supervisor = Supervisor(config, reserved, self._host, folder, events)
-                await supervisor.run_through(lambda running: self._play(running, arm, numbers))
-            finally:
-                reserved.reservation.close()
-        finally:
-            folder.release()
+        path = self._job.folder / f"{arm.label}-start{self._starts}"
 
-    def _reserved(self, config: LaunchConfig) -> Reserved:
-        reserved = reserve(config, self._host)
-        try:
-            refuse_errors(check_plan(config, reserved.plan, reserved.facts))
-        except LauncherError:
-            reserved.reservation.close()
-            raise
-        return reserved
+        async def play(running: Supervisor) -> None:
+            await self._play(running, arm, numbers)
+
+        def planned(reserved: Reserved) -> None:
+            self._note_held(arm, reserved)
+
+        await started(arm, self._job.base, path, self._host, self._events, play, planned)
 
     def _note_held(self, arm: Arm, reserved: Reserved) -> None:
         """Raises ConfigError when this arm has more devices than another."""
@@ -212,25 +187,20 @@ class Comparison:
         await running.start()
         plan = running.plan
         async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
-            await self._refuse_what_is_too_long(client, plan)
-            vocabulary = await _vocabulary(client, plan)
+            await refuse_what_is_too_long(client, plan, self._job.workload)
+            vocabulary = await vocabulary_of(client, plan)
         async with self._events.shown():
             with self._events.step(f"{arm}: warm-up"):
                 await running.while_all_live(self._warm_up(plan, vocabulary))
             for number in numbers:
                 await self._round(running, arm, number, vocabulary)
 
-    async def _refuse_what_is_too_long(self, client: httpx.AsyncClient, plan: Plan) -> None:
-        """Raises ConfigError."""
-        cards = (await client.get(f"{plan.proxy_url}/v1/models", headers=proof.key(plan))).json()["data"]
-        longest = next((card["max_model_len"] for card in cards if card.get("max_model_len")), None)
-        refuse_longer(self._job.workload, longest)
-
     async def _warm_up(self, plan: Plan, vocabulary: list[int]) -> None:
         """Requests of the same kind, which count for nothing. Raises LauncherError when none is answered."""
         first = self._job.workload.first(_WARM_UP)
+        gap = min(_WARM_UP_GAP_S, 1 / self._job.workload.rate)
         paced = replace(
-            first, requests=tuple(replace(one, at=number * _WARM_UP_GAP_S) for number, one in enumerate(first.requests))
+            first, requests=tuple(replace(one, at=number * gap) for number, one in enumerate(first.requests))
         )
         rows = await self._send(plan, paced, vocabulary, _WARM_UP_DRAW)
         if all(row.problem for row in rows):
@@ -269,28 +239,6 @@ class Comparison:
     ) -> list[Row]:
         plan_of_requests = load.bodies(workload, plan.served_model_name, vocabulary, draw)
         return await load.run(plan.proxy_url, proof.key(plan), plan_of_requests, lambda row: (told(row), None)[1])
-
-
-def refuse_longer(workload: Workload, longest: int | None) -> None:
-    """Raises ConfigError for a request that the model cannot take."""
-    if longest is None or workload.longest <= longest:
-        return
-    number, worst = max(enumerate(workload.requests, 1), key=lambda one: one[1].tokens + one[1].output)
-    raise ConfigError(
-        f"{workload.name}: request {number} has {worst.tokens} + {worst.output} tokens, and the model takes {longest}",
-        f"--scale {longest / workload.longest * 0.99:.2g} makes all of them shorter; --max-model-len may allow more",
-    )
-
-
-async def _vocabulary(client: httpx.AsyncClient, plan: Plan) -> list[int]:
-    """Token ids that every model has a use for: those of a text. Raises LauncherError."""
-    node = plan.nodes[0]
-    body = {"model": plan.served_model_name, "prompt": _SAMPLE}
-    answer = await client.post(f"{node.url}/tokenize", json=body, headers=proof.node_key(plan))
-    found = sorted(set(answer.json().get("tokens", []))) if answer.is_success else []
-    if len(found) < _FEWEST_TOKENS:
-        raise LauncherError(f"{node.name} has no tokens to make prompts of: {answer.text[:200]}")
-    return found
 
 
 # -- what is written down

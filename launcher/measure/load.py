@@ -41,12 +41,14 @@ async def run(
     headers: Mapping[str, str],
     plan: Iterator[tuple[int, float, object]],
     told: Callable[[Row], None] = lambda _: None,
+    *,
+    wants_times: bool = False,
 ) -> list[Row]:
     """All of it, in the order in which they were due. `told`: each as it ends. Raises TooSlowError, LauncherError."""
     parts = urlsplit(url)
     target = Target(
         str(parts.hostname), parts.port or 80, "/v1/completions",
-        {"content-type": "application/json", **headers}, _TIMEOUT_S,
+        {"content-type": "application/json", **headers}, _TIMEOUT_S, wants_times,
     )  # fmt: skip
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-P", "-m", "launcher.measure.loadgen",

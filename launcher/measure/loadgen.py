@@ -9,7 +9,7 @@ import asyncio
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import httptools
@@ -29,6 +29,8 @@ class Target:
     path: str
     headers: dict[str, str]
     timeout_s: float
+    wants_times: bool = False
+    """Of each token, too."""
 
 
 @dataclass(slots=True)
@@ -47,13 +49,16 @@ class Row:
     path: str = ""
     """As the proxy says: whether it was handed over, or why not."""
     problem: str = ""
+    times: list[float] = field(default_factory=list)
+    """Of its tokens, where they are wanted."""
 
 
 class _Answer:
     """Taken apart by httptools."""
 
-    def __init__(self, row: Row, began: float) -> None:
+    def __init__(self, row: Row, began: float, *, wants_times: bool) -> None:
         self._row = row
+        self._wants_times = wants_times
         self._began = began
         self._parser = httptools.HttpResponseParser(self)
         self._tail = b""
@@ -74,6 +79,8 @@ class _Answer:
         self._row.first = self._row.first or now
         if b"data: {" in body and b'"choices":[]' not in body:
             self._row.last = now
+            if self._wants_times:
+                self._row.times += [now] * body.count(b'"text":')
         self._tail = (self._tail + body)[-_TAIL:]
 
     def on_message_complete(self) -> None:
@@ -109,7 +116,7 @@ async def _ask(target: Target, row: Row, body: bytes, began: float) -> None:
         lines = "".join(f"{name}: {value}\r\n" for name, value in (head | target.headers).items())
         row.sent = time.monotonic() - began
         writer.write(f"POST {target.path} HTTP/1.1\r\n{lines}\r\n".encode() + body)
-        answer = _Answer(row, began)
+        answer = _Answer(row, began, wants_times=target.wants_times)
         while not answer.is_done:
             data = await reader.read(_BLOCK)
             if not data:

@@ -187,6 +187,7 @@ def in_words(workload: Workload) -> dict[str, Any]:
     return {
         "name": workload.name,
         "digest": workload.digest,
+        "piece_tokens": workload.piece_tokens,
         "requests": len(workload.requests),
         "rate": workload.rate,
         "prompt_tokens": sum(prompts) / len(prompts),

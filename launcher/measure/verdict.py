@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from .loadgen import Row
-from .results import Figures, figures, is_good
+from .results import Figures, is_good
 from .slo import Slo, seconds
 
 _DRAWS = 1000
@@ -58,28 +58,40 @@ class Verdict:
 def verdict(arms: Mapping[str, Rounds], slo: Slo, seed: int = 0) -> Verdict | None:
     """Of all arms that answered well at all; None when none did, or there is one only.
 
-    By bootstrap: rounds are drawn, and in each of them requests, so that both kinds of luck are in the spread.
+    All arms got the same requests in the same time, so the ratio of goodput is that of good answers; when the last one
+    ended has no part in it. By bootstrap: rounds are drawn, and in each of them requests, so both kinds of luck are in
+    the spread.
     """
-    goodput = {name: median(figures(rows, slo).goodput for rows in rounds) for name, rounds in arms.items() if rounds}
-    order = sorted(goodput, key=lambda name: -goodput[name])
-    if len(order) < 2 or not goodput[order[0]]:
+    counts = {name: _counts(rounds, slo) for name, rounds in arms.items()}
+    shares = {name: _median_share(rounds) for name, rounds in counts.items() if rounds}
+    order = sorted(shares, key=lambda name: -shares[name])
+    if len(order) < 2 or not shares[order[0]]:
         return None
     best, other = order[:2]
     chance = random.Random(seed)  # noqa: S311  the same verdict of the same rounds
-    draws = sorted(_ratio(_drawn(arms[best], slo, chance), _drawn(arms[other], slo, chance)) for _ in range(_DRAWS))
+    draws = sorted(_ratio(_drawn(counts[best], chance), _drawn(counts[other], chance)) for _ in range(_DRAWS))
     edge = round(_DRAWS * (1 - _INSIDE) / 2)
-    ratio = _ratio(goodput[best], goodput[other])
+    ratio = _ratio(shares[best], shares[other])
     return Verdict(best, other, Spread(ratio, min(draws[edge], ratio), max(draws[-1 - edge], ratio)))
 
 
-def _drawn(rounds: Rounds, slo: Slo, chance: random.Random) -> float:
-    """The median goodput of so many rounds, each drawn with its requests."""
+def _counts(rounds: Rounds, slo: Slo) -> list[tuple[int, int]]:
+    """(good answers, requests) of each."""
+    return [(sum(is_good(row, slo) for row in rows), len(rows)) for rows in rounds]
+
+
+def _drawn(rounds: Sequence[tuple[int, int]], chance: random.Random) -> float:
+    """The median share of good answers of so many rounds, each drawn with its requests."""
     found = []
-    for rows in chance.choices(rounds, k=len(rounds)):
-        share = sum(is_good(row, slo) for row in rows) / len(rows)
-        luck = chance.gauss(0, math.sqrt(share * (1 - share) * len(rows)))  # binomial, of hundreds of requests
-        found.append(max(share * len(rows) + luck, 0.0) / max(row.ended for row in rows))
+    for good, number in chance.choices(rounds, k=len(rounds)):
+        likely = (good + 1) / (number + 2)  # none of them bad is no proof that none ever is
+        luck = chance.gauss(0, math.sqrt(likely * (1 - likely) / number))  # binomial, of hundreds of requests
+        found.append(min(max(good / number + luck, 0.0), 1.0))
     return median(found)
+
+
+def _median_share(rounds: Sequence[tuple[int, int]]) -> float:
+    return median(good / max(number, 1) for good, number in rounds)
 
 
 def _ratio(one: float, other: float) -> float:
@@ -107,11 +119,11 @@ def slo_map(arms: Mapping[str, Rounds], slo: Slo) -> SloMap:
 
 
 def _winner(arms: Mapping[str, Rounds], slo: Slo) -> str:
-    goodput = {name: median(figures(rows, slo).goodput for rows in rounds) for name, rounds in arms.items() if rounds}
-    order = sorted(goodput, key=lambda name: -goodput[name])
-    if not order or not goodput[order[0]]:
+    shares = {name: _median_share(_counts(rounds, slo)) for name, rounds in arms.items() if rounds}
+    order = sorted(shares, key=lambda name: -shares[name])
+    if not order or not shares[order[0]]:
         return ""
-    if len(order) > 1 and goodput[order[1]] > (1 - _ALIKE) * goodput[order[0]]:
+    if len(order) > 1 and shares[order[1]] > (1 - _ALIKE) * shares[order[0]]:
         return "="
     return order[0]
 

@@ -12,7 +12,7 @@ from engines.sim.timing import Speeds
 from launcher.errors import ConfigError, LauncherError
 from launcher.events.events import Events
 from launcher.hosts.local.host import LocalHost
-from launcher.measure import compare, load, traces
+from launcher.measure import compare, load, starting, traces
 from launcher.measure.arms import Arm
 from launcher.measure.compare import Comparison, Job
 from launcher.measure.loadgen import Row
@@ -41,8 +41,8 @@ def config(args: tuple[str, ...] = (), **further: Any) -> LaunchConfig:
     return LaunchConfig.model_validate(given | ports | further)
 
 
-def job(folder: Path, slo: str, *arms: Arm, workload: str = "input=600,output=16,rate=6", **further: Any) -> Job:
-    requests = further.pop("requests", 60)
+def job(folder: Path, slo: str, *arms: Arm, workload: str = "input=600,output=16,rate=7", **further: Any) -> Job:
+    requests = further.pop("requests", 50)
     made = traces.made(workload, requests, seed=1)
     base = further.pop("base", None) or config(**further)
     found = Job(base, arms, made, Slo.parse(slo), 1, folder)
@@ -62,7 +62,7 @@ def test_pairs_win_where_prompts_would_delay_the_tokens_of_others(tmp_path: Path
 
 
 def test_ordinary_nodes_win_where_prefill_is_all_the_work(tmp_path: Path) -> None:
-    wanted = job(tmp_path / "run", "ttft=400ms,tpot=200ms", PAIR, ALIKE, workload="input=800,output=4,rate=9")
+    wanted = job(tmp_path / "run", "ttft=400ms,tpot=200ms", PAIR, ALIKE, workload="input=800,output=4,rate=10")
     report = carried_out(wanted)
     assert report.verdict is not None
     assert (report.verdict.best, report.verdict.is_difference) == ("2 ordinary", True)
@@ -71,7 +71,7 @@ def test_ordinary_nodes_win_where_prefill_is_all_the_work(tmp_path: Path) -> Non
 
 
 def test_where_both_have_time_enough_there_is_no_difference(tmp_path: Path) -> None:
-    wanted = job(tmp_path / "run", "ttft=5s,tpot=500ms", PAIR, ALIKE, workload="input=100,output=8,rate=8")
+    wanted = job(tmp_path / "run", "ttft=5s,tpot=500ms", PAIR, ALIKE, workload="input=100,output=8,rate=10")
     report = carried_out(wanted)
     assert report.verdict is not None
     assert not report.verdict.is_difference
@@ -89,13 +89,13 @@ def test_where_both_have_time_enough_there_is_no_difference(tmp_path: Path) -> N
     ids=["prefill", "decode", "transfer", "proxy"],
 )
 def test_the_one_part_that_is_slow_is_named(tmp_path: Path, what: dict[str, Any], binds: str) -> None:
-    wanted = job(tmp_path / "run", "ttft=300ms,tpot=50ms", PAIR, workload="input=300,output=16,rate=6", **what)
+    wanted = job(tmp_path / "run", "ttft=300ms,tpot=50ms", PAIR, workload="input=300,output=16,rate=8", **what)
     assert carried_out(wanted).binding_of(PAIR) == binds
 
 
 def test_pairs_whose_kv_does_not_move_are_void(tmp_path: Path) -> None:
     lost = ["--faults", '{"lose_transfers": true}']
-    wanted = job(tmp_path / "run", "ttft=2s,tpot=50ms", PAIR, ALIKE, decode_args=lost, keep=True)
+    wanted = job(tmp_path / "run", "ttft=2s,tpot=50ms", PAIR, decode_args=lost, keep=True)
     report = carried_out(wanted)
     assert report.found.is_void(PAIR)
     assert report.verdict is None
@@ -150,9 +150,9 @@ def test_arms_take_turns_forwards_and_backwards(tmp_path: Path) -> None:
 
 def test_what_is_longer_than_the_model_takes_is_named() -> None:
     made = traces.made("input=600,output=20,rate=5", 10, seed=1)
-    compare.refuse_longer(made, 620)
+    starting.refuse_longer(made, 620)
     with pytest.raises(ConfigError, match=r"request 1 has 600 \+ 20 tokens, and the model takes 619") as refused:
-        compare.refuse_longer(made, 619)
+        starting.refuse_longer(made, 619)
     assert "--scale 0.9" in refused.value.hint
 
 
