@@ -86,8 +86,9 @@ class Counters:
         queue = Gauge("vllm:num_requests_waiting", "Requests waiting.", ["model_name"], registry=self.registry)
         queue.labels(model).set_function(waiting)
         self.queue_s, self.prefill_s, self.decode_s = (
-            Histogram(f"vllm:request_{phase}_time_seconds", f"Time in {phase}.", ["model_name"], registry=self.registry)
-            .labels(model)
+            Histogram(
+                f"vllm:request_{phase}_time_seconds", f"Time in {phase}.", ["model_name"], registry=self.registry
+            ).labels(model)
             for phase in ("queue", "prefill", "decode")
         )
         """A request's phases. As vLLM counts it, one that waits for KV is in the queue."""
