@@ -7,6 +7,7 @@ run/       start → prove → watch → stop
 events/    what happens, told once, shown and kept
 inspect/   runs, their state, their logs, and why they failed
 setup/     the engine's own environment
+measure/   is it worth it, and how many of each: the same requests for different nodes
 cli/       commands, and what they print
 
 errors.py: what can go wrong, with exit codes. private.py: files for this user only.

@@ -9,5 +9,6 @@ serving/      the application: who may ask, who is let in, what is said of it al
 exchange/     the life of one request: attempt, legs, hand-off, answer
 nodes/        which nodes there are, what is known of each, does KV move
 routing/      which node a request gets
+simulation/   what nodes that are not there would do, by the same choice of nodes, in virtual time
 upstream/     the nodes' side: the HTTP/1.1 client of the hot path
 """

@@ -28,6 +28,7 @@ from ..measure.starting import refuse_longer
 from ..measure.workload import Workload
 from ..plan.config import LaunchConfig
 from ..plan.lockfile import LockFile
+from ..plan.planner import served_names
 from .comparing import now, workload_of
 from .flags import from_flags
 from .output import out
@@ -96,8 +97,7 @@ def _measured(config: LaunchConfig, workload: Workload, *, quiet: bool) -> Measu
 async def _checked(measured: Measured, config: LaunchConfig) -> list[Checked]:
     folder = runs.folder().parent / "compared"
     folders = sorted(folder.glob("*"))[-_COMPARED:]
-    names = config.served_model_name or (Path(config.model).name,)
-    return await sizing.checked_against(folders, measured.constants, names[0], traces.from_file)
+    return await sizing.checked_against(folders, measured.constants, served_names(config)[0], traces.from_file)
 
 
 def _shown(

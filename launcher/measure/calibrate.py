@@ -66,6 +66,8 @@ async def calibrate(
         bench = _Bench(client, plan, vocabulary)
         room = await bench.room()
         lengths = _lengths(workload, room)
+        with events.step("warm-up"):
+            await bench.warm_up(lengths)
         with events.step("prefill"):
             prefill = [(n, await bench.prefill_s(n)) for n in lengths for _ in range(_TWICE)]
         with events.step("decode"):
@@ -111,6 +113,12 @@ class _Bench:
         if not (blocks.isdecimal() and size.isdecimal()):
             raise LauncherError(f"{self._decode.name} does not say how much KV it has room for")
         return int(blocks) * int(size)
+
+    async def warm_up(self, lengths: Sequence[int]) -> None:
+        """Both nodes, at every length: the first of a kind takes longer."""
+        for tokens in lengths:
+            await self._ask(self._plan.proxy_url, self._body(tokens, 4), proof.key(self._plan))
+            await self._ask(self._decode.url, self._body(tokens, 4), proof.node_key(self._plan))
 
     def _body(self, tokens: int, output: int) -> dict[str, Any]:
         """A prompt that nobody has asked before."""

@@ -68,7 +68,7 @@ def make_plan(config: LaunchConfig, facts: HostFacts, seats: Sequence[Seat] = ()
         files=_files(config, facts, store),
         model=_model_argument(config, facts),
         download=_download(config, facts),
-        served_names=_served_names(config),
+        served_names=served_names(config),
         run_dir=run_dir,
         temporary=temporary,
         nodes=nodes,
@@ -136,7 +136,7 @@ def _launch(config: LaunchConfig, facts: HostFacts, seat: Seat, run_dir: Path) -
     return command.Launch(
         role=seat.role,
         model=_model_argument(config, facts),
-        served_names=_served_names(config),
+        served_names=served_names(config),
         host=_address(facts, config.host),
         port=seat.http_port,
         device=config.device,
@@ -277,7 +277,7 @@ def _model_argument(config: LaunchConfig, facts: HostFacts) -> str:
     return str(facts.model.path or Path(config.model).expanduser()) if is_local(config, facts) else config.model
 
 
-def _served_names(config: LaunchConfig) -> tuple[str, ...]:
+def served_names(config: LaunchConfig) -> tuple[str, ...]:
     if config.served_model_name:
         return config.served_model_name
     return (Path(config.model).name if is_local_path(config.model) else config.model,)
