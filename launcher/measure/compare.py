@@ -8,6 +8,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import httpx
 
 from .. import private
-from ..errors import ConfigError, LauncherError, NodeDiedError
+from ..errors import ConfigError, InterruptedStart, LauncherError, NodeDiedError
 from ..events.events import Events
 from ..hosts.host import Host
 from ..hosts.reserve import Reserved
@@ -38,6 +39,7 @@ FEWEST_REQUESTS = 200
 """For a verdict."""
 ENOUGH_MOVED = 0.9
 """Of the prompt tokens that were handed over, which must have come by transfer."""
+_HELD = "held.json"
 _WARM_UP = 16
 _WARM_UP_GAP_S = 0.2
 _WARM_UP_DRAW = -1
@@ -110,12 +112,16 @@ class Comparison:
         self._events = events
         self._tries: Counter[tuple[Arm, int]] = Counter()
         self._starts = 0
+        self._kept = 0
+        """Rounds that were played before this went on."""
         self._began = time.monotonic()
         self._found = Found()
 
     async def run(self) -> Found:
         """Raises LauncherError; what an arm fails of is in what was found."""
         self._found.rounds = [one for arm, number in self._job.order if (one := read(self._job, arm, number))]
+        self._found.held = read_held(self._job)
+        self._kept = len(self._found.rounds)
         while missing := self._missing():
             arm, numbers = missing
             await self._rounds_of(arm, numbers)
@@ -145,7 +151,7 @@ class Comparison:
         except load.TooSlowError:
             raise
         except LauncherError as exc:
-            if isinstance(exc, ConfigError) or type(exc).exit_code == 130:
+            if isinstance(exc, ConfigError | InterruptedStart):
                 raise
             self._fails(arm, exc)
         except httpx.HTTPError as exc:
@@ -169,7 +175,7 @@ class Comparison:
     def _note_held(self, arm: Arm, reserved: Reserved) -> None:
         """Raises ConfigError when this arm has more devices than another."""
         plan, held = reserved.plan, self._found.held
-        devices = sum(max(len(node.devices), 1) for node in plan.nodes)
+        devices = len({device for node in plan.nodes for device in node.devices}) or len(plan.nodes)
         if held.setdefault("devices", devices) != devices:
             raise ConfigError(
                 f"--arms: {arm} takes {devices} devices, another {held['devices']}",
@@ -180,6 +186,7 @@ class Comparison:
         held["engine"] = plan.engine
         held["versions"] = dict(reserved.facts.engine.versions)
         held["devices_named"] = sorted({device for node in plan.nodes for device in node.devices})
+        private.write(self._job.folder / _HELD, json.dumps(held))
 
     # -- one start of an arm
 
@@ -224,10 +231,9 @@ class Comparison:
     def _left(self) -> str:
         """How long it still takes, by how long it took so far."""
         done, total = len(self._found.rounds), len(self._job.order)
-        spent = time.monotonic() - self._began
-        if not done:
-            return f"round 1 of {total} in all"
-        return f"round {done + 1} of {total} in all, about {spent / done * (total - done) / 60:.0f} min left"
+        played, spent = done - self._kept, time.monotonic() - self._began
+        left = f", about {spent / played * (total - done) / 60:.0f} min left" if played else ""
+        return f"round {done + 1} of {total} in all{left}"
 
     async def _send(
         self,
@@ -238,7 +244,7 @@ class Comparison:
         told: Callable[[Row], object] = lambda _: None,
     ) -> list[Row]:
         plan_of_requests = load.bodies(workload, plan.served_model_name, vocabulary, draw)
-        return await load.run(plan.proxy_url, proof.key(plan), plan_of_requests, lambda row: (told(row), None)[1])
+        return await load.run(plan.proxy_url, proof.key(plan), plan_of_requests, told)
 
 
 # -- what is written down
@@ -263,6 +269,14 @@ def read(job: Job, arm: Arm, number: int) -> Round | None:
         return Round(arm, number, [Row(**row) for row in rows], Stages(**head["stages"]))
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def read_held(job: Job) -> dict[str, Any]:
+    """What was the same for all so far."""
+    with suppress(OSError, ValueError):
+        held: dict[str, Any] = json.loads((job.folder / _HELD).read_text())
+        return held
+    return {}
 
 
 def note(job: Job) -> dict[str, Any]:

@@ -40,7 +40,7 @@ async def run(
     url: str,
     headers: Mapping[str, str],
     plan: Iterator[tuple[int, float, object]],
-    told: Callable[[Row], None] = lambda _: None,
+    told: Callable[[Row], object] = lambda _: None,
     *,
     wants_times: bool = False,
 ) -> list[Row]:
@@ -71,7 +71,7 @@ async def run(
         await process.wait()
 
 
-async def _rows(output: asyncio.StreamReader, told: Callable[[Row], None]) -> list[Row]:
+async def _rows(output: asyncio.StreamReader, told: Callable[[Row], object]) -> list[Row]:
     rows = list[Row]()
     async for line in output:
         found = json.loads(line)

@@ -18,6 +18,8 @@ import uvloop
 _TAIL = 4096
 """The last bytes of a stream, in which its usage is."""
 _BLOCK = 2**16
+_TOKEN = b'"choices":[{'
+"""In every event that has a token, and in no other: neither in usage nor in comments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +75,13 @@ class _Answer:
             self._row.path = value.decode("latin-1")
 
     def on_body(self, body: bytes) -> None:
-        if body.startswith(b":"):  # a comment that keeps the connection open
-            return
-        now = time.monotonic() - self._began
-        self._row.first = self._row.first or now
-        if b"data: {" in body and b'"choices":[]' not in body:
+        tokens = body.count(_TOKEN)
+        if tokens:
+            now = time.monotonic() - self._began
+            self._row.first = self._row.first or now
             self._row.last = now
             if self._wants_times:
-                self._row.times += [now] * body.count(b'"text":')
+                self._row.times += [now] * tokens
         self._tail = (self._tail + body)[-_TAIL:]
 
     def on_message_complete(self) -> None:

@@ -163,7 +163,9 @@ class Report:
         limits = {"ttft": self.job.slo.ttft, "tpot": self.job.slo.tpot, "e2el": self.job.slo.e2e}
         goodput = " ".join(f"{name}:{1000 * limit:g}" for name, limit in limits.items() if limit is not None)
         yield (
-            f"  vllm bench serve --dataset-name timed_trace --dataset-path {shlex.quote(str(trace))} "
+            f"  vllm bench serve --base-url URL --model {self.found.held.get('model', 'NAME')} "
+            f"--num-prompts {len(self.job.workload.requests)} "
+            f"--dataset-name timed_trace --dataset-path {shlex.quote(str(trace))} "
             f"--timed-trace-chunk-hash-size {self.job.workload.piece_tokens} --timed-trace-sec-multiplier 0.001 "
             f"--ignore-eos --goodput {goodput}"
         )

@@ -126,6 +126,7 @@ def test_what_was_interrupted_goes_on_with_the_rounds_that_are_missing(tmp_path:
     again = carried_out(wanted)
     assert file.read_text() == kept, "it was not played again"
     assert [one.rows for one in again.found.rounds] == [one.rows for one in first.rounds]
+    assert again.found.held == first.held != {}
     file.write_text(kept[: len(kept) // 2])
     assert compare.read(wanted, ALIKE, 1) is None
 
