@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ..base import JSONObject
+from . import timing
 from .tokens import VOCABULARY, Sampling, encode, render_chat
 
 MOST_LOGPROBS = 20
@@ -58,6 +59,8 @@ class Wanted:
     own_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     found: list[int] = field(default_factory=list)
     """Tokens of each prompt that were in the node's own prefix cache, once they are computed."""
+    sequence: list[timing.Sequence] = field(default_factory=list)
+    """In the engine's loop, where it has one, once it runs there."""
 
 
 def parse(body: object, *, chat: bool, names: tuple[str, ...], max_model_len: int) -> Wanted:

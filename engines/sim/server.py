@@ -278,6 +278,7 @@ class SimNode:
         arrived = time.monotonic()
         if loop is not None:
             await stack.enter_async_context(loop.place(sum(map(len, wanted.prompts))))
+            wanted.sequence.append(stack.enter_context(loop.sequence()))
         stack.enter_context(self.counters.running.track_inprogress())
         for ids in wanted.prompts:
             stack.enter_context(self.kv.running(len(ids)))
@@ -286,7 +287,7 @@ class SimNode:
             if loop is not None:
                 await loop.hand_off(sum(map(len, prompts)))
                 began = time.monotonic()
-                await loop.step()
+                await wanted.sequence[0].token(wanted.sampling.max_tokens)
                 self._note_phases(stack, arrived, began)
             self.counters.transferred.inc(sum(map(len, prompts)))
             return prompts
@@ -374,8 +375,8 @@ class SimNode:
                 self._finished(wanted, choice, wanted.rank)
                 return
             await asyncio.sleep(self.faults.itl_s)
-            if self.loops:
-                await self.loops[wanted.rank].step()
+            for sequence in wanted.sequence:
+                await sequence.token(sampling.max_tokens - len(choice.ids))
 
     def _cut_at_stop_string(self, wanted: Wanted, choice: Choice) -> None:
         for stop in wanted.stop:

@@ -6,8 +6,8 @@ prompt waits for those before it, and a long one slows down the sequences that d
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -42,6 +42,36 @@ class _Prefill:
     """Tokens; -1 before it begins."""
 
 
+class Sequence:
+    """One that decodes. Its tokens are made whether or not somebody is there to take them, as a real engine does."""
+
+    def __init__(self, loop: "EngineLoop") -> None:
+        self._loop = loop
+        self._left = 0
+        """Tokens that are still to be made."""
+        self._made = 0
+        """... and were not taken."""
+        self._taker: asyncio.Future[None] | None = None
+
+    async def token(self, left: int) -> None:
+        """Until the next one is there. `left`: how many it will have from here on, this one included."""
+        if not self._made:
+            if not self._left:
+                self._left = left
+                self._loop.decode(self)
+            self._taker = asyncio.get_running_loop().create_future()
+            await self._taker
+        self._made -= 1
+
+    def make(self) -> bool:
+        """One token; whether it goes on."""
+        self._left -= 1
+        self._made += 1
+        if self._taker is not None and not self._taker.done():
+            self._taker.set_result(None)
+        return self._left > 0
+
+
 class EngineLoop:
     """Of one data-parallel rank. Its task lives as long as there is work."""
 
@@ -54,8 +84,7 @@ class EngineLoop:
         """Who waits for room: tokens."""
         self._running = 0
         self._prefills: deque[_Prefill] = deque()
-        self._steps: list[asyncio.Future[None]] = []
-        """Sequences that wait for their next token."""
+        self._decoding: dict[Sequence, None] = {}
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -96,12 +125,19 @@ class EngineLoop:
         self._wake()
         await work.done
 
-    async def step(self) -> None:
-        """Until the next token of a sequence is there."""
-        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._steps.append(ended)
+    @contextmanager
+    def sequence(self) -> Iterator[Sequence]:
+        """One that may decode, as long as this is entered."""
+        sequence = Sequence(self)
+        try:
+            yield sequence
+        finally:
+            self._decoding.pop(sequence, None)
+
+    def decode(self, sequence: Sequence) -> None:
+        """It is in every step from the next one on, until all its tokens are made."""
+        self._decoding[sequence] = None
         self._wake()
-        await ended
 
     async def hand_off(self, tokens: int) -> None:
         """A transfer takes its time beside the steps."""
@@ -116,15 +152,18 @@ class EngineLoop:
         """Steps end on a schedule of their own, so that late timers do not add up."""
         loop = asyncio.get_running_loop()
         end = loop.time()
-        while self._prefills or self._steps:
-            decoding, self._steps = self._steps, []
+        while self._prefills or self._decoding:
+            decoding = tuple(self._decoding)
             seconds, computed = self._compute(len(decoding))
             end = max(end + seconds / self._speeds.compress, loop.time())
             await asyncio.sleep(end - loop.time())
-            for ended in (*decoding, *computed):
+            for sequence in decoding:
+                if sequence in self._decoding and not sequence.make():
+                    self._decoding.pop(sequence)
+            for ended in computed:
                 if not ended.done():
                     ended.set_result(None)
-            await asyncio.sleep(0)  # who goes on decoding is in the next step
+            await asyncio.sleep(0)  # one whose prompt is computed decodes in the next step
 
     def _compute(self, decoding: int) -> tuple[float, "list[asyncio.Future[None]]"]:
         """How long a step takes, and the prompts that are computed with it."""

@@ -41,7 +41,7 @@ def gauges(metrics: str) -> Gauges:
 
 
 PHASES = ("queue", "prefill", "decode")
-"""Of a request in one engine; one that waits for KV is in the queue (scheduler.py: it is scheduled when the KV came)."""
+"""Of a request in one engine. One that waits for KV is queued: it is scheduled when its KV came (scheduler.py)."""
 
 
 def phases(metrics: str) -> dict[str, tuple[float, float]]:

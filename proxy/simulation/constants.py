@@ -21,7 +21,7 @@ class Constants(BaseModel):
     sequences: int = Field(256, ge=1)
     """That a node decodes at once at most (max_num_seqs)."""
     step_tokens: int = Field(2048, ge=1)
-    """Of prompts, in one step of an ordinary node at most (max_num_batched_tokens)."""
+    """Of prompts, in one step at most (max_num_batched_tokens)."""
 
     def prefill_s(self, tokens: float, cached: float) -> float:
         a, b, c = self.prefill

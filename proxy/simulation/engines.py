@@ -55,7 +55,7 @@ class Cache:
 
 
 class PrefillEngine:
-    """One prompt after the other."""
+    """Prompts in their order, in a step as many as it has tokens for; those of a step end together."""
 
     def __init__(self, constants: Constants, at: At) -> None:
         self._constants = constants
@@ -73,19 +73,27 @@ class PrefillEngine:
 
     def _next(self, now: float) -> None:
         self._is_busy = bool(self._queue)
-        if not self._queue:
-            return
-        came, job, done = self._queue.popleft()
-        cached = self._cache.take(job)
-        seconds = self._constants.prefill_s(job.tokens, cached)
-        job.stages["prefill queue"], job.stages["prefill"] = now - came, seconds
+        step = list[tuple[Callable[[float], None], float]]()
+        begun, seconds, left = list[Job](), 0.0, float(self._constants.step_tokens)
+        while self._queue and (not step or self._queue[0][1].tokens <= left):
+            came, job, done = self._queue.popleft()
+            cached = self._cache.take(job)
+            seconds += self._constants.prefill_s(job.tokens, cached)
+            left -= job.tokens - cached
+            job.stages["prefill queue"] = now - came
+            begun.append(job)
+            step.append((done, cached))
+        for job in begun:
+            job.stages["prefill"] = seconds
         self.busy_s += seconds
 
         def end() -> None:
-            done(cached)
+            for done, cached in step:
+                done(cached)
             self._next(now + seconds)
 
-        self._at(now + seconds, end)
+        if step:
+            self._at(now + seconds, end)
 
 
 @dataclass(slots=True)

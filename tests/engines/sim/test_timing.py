@@ -45,6 +45,14 @@ def engine(speeds: Speeds = SPEEDS, room: int = ROOM) -> EngineLoop:
     return EngineLoop(speeds, lambda: room, ROOM)
 
 
+async def tokens(one: EngineLoop, number: int, pause_s: float = 0) -> None:
+    """Decode so many, looking away for a while after each."""
+    with one.sequence() as sequence:
+        for left in range(number, 0, -1):
+            await sequence.token(left)
+            await asyncio.sleep(pause_s)
+
+
 def test_a_prefill_takes_its_own_time_and_that_of_its_uncached_tokens() -> None:
     assert run(engine().prefill(lambda: 50)) == [1.5]
 
@@ -66,13 +74,28 @@ def test_what_is_cached_is_looked_up_when_its_turn_comes() -> None:
 
 def test_a_step_takes_longer_with_more_sequences_and_with_a_prompt_beside_them() -> None:
     one = engine()
-    assert run(one.step(), one.step(), one.step()) == [3.5, 3.5, 3.5]
-    assert run(one.step(), one.prefill(lambda: 100)) == [4.5, 4.5]
+    assert run(tokens(one, 1), tokens(one, 1), tokens(one, 1)) == [3.5, 3.5, 3.5]
+    assert run(tokens(one, 1), one.prefill(lambda: 100)) == [4.5, 4.5]
+
+
+def test_all_that_decode_are_in_every_step_however_late_their_tokens_are_taken() -> None:
+    one = engine()
+    assert run(tokens(one, 4), tokens(one, 4, pause_s=0.1), tokens(one, 2, pause_s=20)) == [13.0, 13.1, 43.5]
+
+
+def test_one_that_ends_early_is_in_no_step_any_more() -> None:
+    one = engine()
+
+    async def stopped() -> None:
+        with one.sequence() as sequence:
+            await sequence.token(100)
+
+    assert run(stopped(), tokens(one, 3)) == [3.0, 8.0]
 
 
 def test_a_transfer_goes_on_beside_the_steps() -> None:
     one = engine()
-    assert run(one.hand_off(20), one.step()) == [5.0, 2.5]
+    assert run(one.hand_off(20), tokens(one, 1)) == [5.0, 2.5]
 
 
 def test_those_for_whom_there_is_no_place_wait_in_order() -> None:

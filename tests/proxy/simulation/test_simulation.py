@@ -15,8 +15,9 @@ from proxy.simulation.engines import Cache, Job
 from proxy.simulation.world import Shape, World
 
 CONSTANTS = Constants(
-    prefill=(0.1, 0.001, 0.0), decode=(0.01, 0.0, 0.0), hand_off=(0.05, 0.0), kv_tokens=100_000, sequences=8
-)
+    prefill=(0.1, 0.001, 0.0), decode=(0.01, 0.0, 0.0), hand_off=(0.05, 0.0), kv_tokens=100_000, sequences=8,
+    step_tokens=150,
+)  # fmt: skip
 requests = st.lists(
     st.tuples(st.floats(0, 5), st.integers(1, 3000), st.integers(1, 50), st.integers(0, 3)), min_size=1, max_size=25
 )
@@ -47,6 +48,14 @@ def test_prompts_wait_for_those_before_them() -> None:
     played(Shape(prefill=1, decode=1), first, second)
     assert second.first == pytest.approx(0.4 + 0.05 + 0.01)
     assert second.stages["prefill queue"] == pytest.approx(0.2)
+
+
+def test_prompts_that_wait_together_are_computed_in_one_step_where_they_fit() -> None:
+    wide = CONSTANTS.model_copy(update={"step_tokens": 1000})
+    first, second, third = (job(number, 0.001 * number) for number in range(3))
+    played(Shape(prefill=1, decode=1), first, second, third, constants=wide)
+    assert first.stages["prefill"] == pytest.approx(0.2)
+    assert second.first == third.first == pytest.approx(0.2 + 0.4 + 0.05 + 0.01)
 
 
 def test_two_prefill_nodes_share_them() -> None:
