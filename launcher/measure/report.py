@@ -134,15 +134,15 @@ class Report:
             return "no round"
         if self.found.is_void(arm):
             return "void: its KV did not move, so what was measured is something else"
-        busy = "; ".join(
-            f"{f'{role} ' if arm.prefill else ''}nodes busy {share['busy']:.0%} of the time, "
-            f"{share['running']:.1f} requests on each"
-            for role, share in self._busy(arm).items()
+        load = "; ".join(
+            f"on a {f'{role} ' if arm.prefill else ''}node {share['computing']:.1f} requests, {share['waiting']:.1f} "
+            f"waiting, {share['kv_usage']:.0%} of KV in use"
+            for role, share in self._load(arm).items()
         )
-        return f"{_REMEDIES[binds]} ({busy}){_try(arm, binds)}"
+        return f"{_REMEDIES[binds]} ({load}){_try(arm, binds)}"
 
-    def _busy(self, arm: Arm) -> dict[str, dict[str, float]]:
-        rounds = [one.stages.busy for one in self.found.of(arm)]
+    def _load(self, arm: Arm) -> dict[str, dict[str, float]]:
+        rounds = [one.stages.load for one in self.found.of(arm)]
         return {
             role: {name: fmean(one[role][name] for one in rounds if role in one) for name in rounds[0][role]}
             for role in rounds[0]

@@ -45,17 +45,12 @@ class Snapshot:
 class Looks:
     """What was seen of each node, now and then."""
 
-    busy: dict[str, list[bool]] = field(default_factory=dict)
-    running: dict[str, list[float]] = field(default_factory=dict)
     waiting: dict[str, list[float]] = field(default_factory=dict)
     kv_usage: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, name: str, text: str) -> None:
-        gauges = metrics.gauges(text)
-        self.busy.setdefault(name, []).append(gauges.running > 0)
-        self.running.setdefault(name, []).append(gauges.running)
         self.waiting.setdefault(name, []).append(metrics.waiting_for_room(text))
-        self.kv_usage.setdefault(name, []).append(gauges.kv_usage)
+        self.kv_usage.setdefault(name, []).append(metrics.kv_cache_usage(text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +59,8 @@ class Stages:
 
     seconds: dict[str, float]
     """Of a request in the mean, in each of `NAMES` that its arm has."""
-    busy: dict[str, dict[str, float]]
-    """Of each role: share of the time with requests on it, requests on a node, KV in use."""
+    load: dict[str, dict[str, float]]
+    """Of a node of each role, in the mean: requests that it computes, that wait for room, and its KV in use."""
     transferred: float
     """Prompt tokens that came to decode nodes."""
 
@@ -125,7 +120,8 @@ def stages(plan: Plan, rows: Sequence[Row], before: Snapshot, after: Snapshot, l
     else:
         found = _by_the_nodes(plan, rows, before, after, looks)
     found["the rest"] = max(whole - sum(found.values()), 0.0)
-    return Stages(found, _busy(plan, looks), after.transferred - before.transferred)
+    load = _load(plan, rows, before, after, looks)
+    return Stages(found, load, after.transferred - before.transferred)
 
 
 def _by_the_proxy(before: Snapshot, after: Snapshot, came: Sequence[Row]) -> dict[str, float]:
@@ -170,14 +166,25 @@ def _mean(before: tuple[float, float], after: tuple[float, float]) -> float:
     return (after[0] - before[0]) / number if number else 0.0
 
 
-def _busy(plan: Plan, looks: Looks) -> dict[str, dict[str, float]]:
+def _load(
+    plan: Plan, rows: Sequence[Row], before: Snapshot, after: Snapshot, looks: Looks
+) -> dict[str, dict[str, float]]:
+    """What computes is the time that it took, by the time there was (Little's law): a prefill node's gauge, read after
+    each step, shows no request of one step.
+    """
+    wall = max((row.ended for row in rows), default=0.0)
     found = {}
     for role in NodeRole:
-        names = [node.name for node in plan.of_kind(role) if looks.busy.get(node.name)]
-        if names:
+        names = [node.name for node in plan.of_kind(role) if looks.waiting.get(node.name)]
+        if names and wall:
+            spent = sum(
+                after.phases[name][phase][0] - before.phases[name][phase][0]
+                for name in names
+                for phase in ("prefill", "decode")
+            )
             found[str(role)] = {
-                "busy": fmean(value for name in names for value in looks.busy[name]),
-                "running": fmean(value for name in names for value in looks.running[name]),
+                "computing": spent / wall / len(names),
+                "waiting": fmean(value for name in names for value in looks.waiting[name]),
                 "kv_usage": fmean(value for name in names for value in looks.kv_usage[name]),
             }
     return found

@@ -8,6 +8,7 @@ import pytest
 
 from launcher.hosts.local.host import LocalHost
 from launcher.measure import load, stages, traces
+from launcher.measure.loadgen import Row
 from launcher.measure.results import e2e
 from launcher.measure.starting import vocabulary_of
 from launcher.plan.lockfile import LockFile
@@ -28,7 +29,7 @@ def test_a_round_is_measured_by_what_the_nodes_count(real_pair: Up) -> None:
     plan = plan_of(real_pair).model_copy(update={"proxy_url": real_pair.url})
     workload = traces.made(f"input={PROMPT},output={OUTPUT},rate=2", REQUESTS, seed=1)
 
-    async def play() -> tuple[list[load.Row], stages.Stages]:
+    async def play() -> tuple[list[Row], stages.Stages]:
         async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
             vocabulary = await vocabulary_of(client, plan)
         bodies = load.bodies(workload, plan.served_model_name, vocabulary, draw=1)
@@ -45,4 +46,5 @@ def test_a_round_is_measured_by_what_the_nodes_count(real_pair: Up) -> None:
     assert found.seconds["prefill"] > 0
     assert found.seconds["decode"] > 0
     assert sum(found.seconds.values()) == pytest.approx(fmean(map(e2e, rows)), rel=0.2)
-    assert set(found.busy) == {"prefill", "decode"}
+    assert set(found.load) == {"prefill", "decode"}
+    assert found.load["prefill"]["computing"] > 0

@@ -50,9 +50,8 @@ def test_nodes_that_are_all_alike_bind_together() -> None:
 
 def test_what_is_seen_of_a_node_is_kept_for_each_look() -> None:
     looks = Looks()
-    text = 'vllm:num_requests_running{model="m"} 2\nvllm:num_requests_waiting{model="m"} 5\n'
+    text = 'vllm:num_requests_waiting{model="m"} 5\n'
     looks.add("decode-0", text)
     looks.add("decode-0", text + 'vllm:num_requests_waiting_by_reason{reason="capacity"} 1\n')
     looks.add("decode-0", "")
-    assert looks.busy["decode-0"] == [True, True, False]
     assert looks.waiting["decode-0"] == [5, 1, 0]
