@@ -329,6 +329,6 @@ def _learn(under_way: _UnderWay, told: Prefilled) -> Audit | None:
     outcome = "as-predicted"
     if cached + slack < expected.certain:
         outcome = "less"
-    elif cached > max(expected.certain, expected.cached) + slack:
+    elif cached > max(expected.certain, expected.pieces * prompt.piece_tokens) + slack:
         outcome = "more"
     return Audit(round(expected.certain), cached, outcome)

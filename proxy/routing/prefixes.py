@@ -42,10 +42,10 @@ class Expected:
 
     request: int = 0
     """Number of the request."""
-    cached: float = 0.0
-    """Tokens that the node has cached, or will have by the time it comes to this prompt."""
+    pieces: int = 0
+    """Of the prompt that the node has cached, or will have by the time it comes to it."""
     certain: float = 0.0
-    """... of which a prefill had ended by then."""
+    """Tokens of those for which a prefill had ended by then, as the node has counted them."""
     touched: tuple[tuple[float, int], ...] = ()
     """Of each segment of the certain ones: the tokens up to its end, and the request that had used it last."""
 
@@ -191,11 +191,11 @@ class PrefixModel:
 def _expected(request: int, known: list[_Segment]) -> Expected:
     if not known:
         return Expected(request)
-    cached = certain = 0.0
+    certain = 0.0
     touched = list[tuple[float, int]]()
     for segment in known:
-        cached += segment.tokens
-        if segment.computed and certain + segment.tokens == cached:
-            certain = cached
-            touched.append((cached, segment.touched))
-    return Expected(request, cached, certain, tuple(touched))
+        if not segment.computed:
+            break
+        certain += segment.tokens
+        touched.append((certain, segment.touched))
+    return Expected(request, sum(len(segment.keys) for segment in known), certain, tuple(touched))

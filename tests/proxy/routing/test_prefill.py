@@ -64,6 +64,19 @@ def test_a_prompt_goes_where_its_beginning_is_cached() -> None:
     assert {router.choose(prompt(*LONG, number)) for number in range(5)} == {second}
 
 
+def test_what_was_on_its_way_is_as_predicted_however_far_its_length_was_guessed_wrong() -> None:
+    nodes = fleet(2)
+    router = PrefillRouter("prefix-cost", nodes, clock=lambda: 0.0)
+    node = nodes.of(Role.PREFILL)[0]
+    first, second = prompt(*LONG), prompt(*LONG, 1)
+    truth = second.tokens
+    first.tokens, second.tokens = first.tokens // 4, second.tokens // 4
+    with router.sent(node, node.ranks[0], first), router.sent(node, node.ranks[0], second) as sent:
+        sent.prefilled = Prefilled({}, truth, len(LONG) * PIECE_IDS)
+    assert sent.audit is not None
+    assert sent.audit.outcome == "as-predicted"
+
+
 def test_without_anything_cached_nodes_take_turns() -> None:
     nodes = fleet(3)
     router = PrefillRouter("prefix-cost", nodes, clock=lambda: 0.0)

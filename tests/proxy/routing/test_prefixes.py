@@ -51,7 +51,7 @@ def test_what_is_on_its_way_is_expected_too_but_not_for_certain() -> None:
     model = PrefixModel(ROOM)
     model.sent(prompt(1, 2))
     second = model.sent(prompt(1, 2, 3))
-    assert (second.cached, second.certain) == (2 * PIECE_IDS, 0)
+    assert (second.pieces, second.certain) == (2, 0)
 
 
 def test_a_prefill_that_failed_left_nothing() -> None:
