@@ -21,13 +21,16 @@ from .results import Figures, figures
 from .slo import seconds
 from .verdict import SloMap, Spread, Verdict
 
+_PARTS: Mapping[stages.Binding, str] = {
+    "prefill": "prefill nodes", "decode": "decode nodes", "transfer": "the hand-off", "proxy": "the proxy",
+    "nodes": "the nodes",
+}  # fmt: skip
 _REMEDIES: Mapping[stages.Binding, str] = {
-    "prefill": "prefill nodes bind",
-    "decode": "decode nodes bind",
-    "transfer": "the hand-off binds: look at --transfer-protocol, the network, and `pd-launch test`",
-    "proxy": "the proxy binds: give it --workers, or higher limits (pd-proxy --help)",
-    "nodes": "the nodes bind, which are all alike",
+    "transfer": ": look at --transfer-protocol, the network, and `pd-launch test`",
+    "proxy": ": give it --workers, or higher limits (pd-proxy --help)",
 }
+_NEARLY_ALL = 0.99
+"""Of the requests, within every limit."""
 
 
 class Report:
@@ -139,7 +142,9 @@ class Report:
             f"waiting, {share['kv_usage']:.0%} of KV in use"
             for role, share in self._load(arm).items()
         )
-        return f"{_REMEDIES[binds]} ({load}){_try(arm, binds)}"
+        if all(one.good >= _NEARLY_ALL * one.requests for one in self._figures[arm]):
+            return f"every limit is kept; nearest to one: {_PARTS[binds]} ({load})"
+        return f"what binds: {_PARTS[binds]} ({load}){_REMEDIES.get(binds, _try(arm, binds))}"
 
     def _load(self, arm: Arm) -> dict[str, dict[str, float]]:
         rounds = [one.stages.load for one in self.found.of(arm)]
