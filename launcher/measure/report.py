@@ -17,7 +17,7 @@ from . import stages, traces, verdict
 from .arms import Arm
 from .compare import Found, Job
 from .loadgen import Row
-from .results import Figures, figures
+from .results import Figures, figures, ttft
 from .slo import seconds
 from .verdict import SloMap, Spread, Verdict
 
@@ -157,8 +157,8 @@ class Report:
         yield Text("Which arm has the most goodput for other targets (=: within 5 %; -: nobody is in time)")
         found = self.map
         table = _table("TTFT \\ TPOT", *(f"≤ {seconds(tpot)}" for tpot in found.tpot))
-        for ttft, row in zip(found.ttft, found.winners, strict=True):
-            table.add_row(f"≤ {seconds(ttft)}", *(winner or "-" for winner in row))
+        for wait, row in zip(found.ttft, found.winners, strict=True):
+            table.add_row(f"≤ {seconds(wait)}", *(winner or "-" for winner in row))
         yield table
 
     def _again(self) -> Iterator[str]:
@@ -224,27 +224,42 @@ class Report:
         return captured.get()
 
     def draw(self, file: Path) -> None:
-        """How soon answers begin, and where the time went."""
+        """How soon answers begin, where the time went, and who wins for other targets."""
         from matplotlib import pyplot as plt  # noqa: PLC0415  an extra
 
-        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
-        for arm in self.job.arms:
-            if self._rows[arm]:
-                waits = sorted(row.first - row.due for rows in self._rows[arm] for row in rows if not row.problem)
-                left.step(waits, [(n + 1) / max(len(waits), 1) for n in range(len(waits))], label=str(arm))
-        left.set(xlabel="TTFT, seconds", ylabel="share of the requests", xscale="log")
-        left.legend()
-        base = [0.0] * len(self.job.arms)
-        spent = [self.stages_of(arm) for arm in self.job.arms]
-        for name in stages.NAMES:
-            heights = [one.get(name, 0.0) for one in spent]
-            right.bar(list(map(str, self.job.arms)), heights, bottom=base, label=name)
-            base = [low + height for low, height in zip(base, heights, strict=True)]
-        right.set(ylabel="seconds of a request, in the mean")
-        right.legend(fontsize="small")
-        figure.tight_layout()
+        figure, (waits, spent, winners) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+        self._draw_waits(waits)
+        self._draw_stages(spent)
+        self._draw_map(winners)
         figure.savefig(file, dpi=120)
         plt.close(figure)
+
+    def _draw_waits(self, axes: Any) -> None:
+        for arm in self.job.arms:
+            waits = sorted(ttft(row) for rows in self._rows[arm] for row in rows if not row.problem)
+            axes.step(waits, [(n + 1) / len(waits) for n in range(len(waits))], label=str(arm))
+        axes.set(xlabel="TTFT, seconds", ylabel="share of the requests", xscale="log")
+        axes.legend()
+
+    def _draw_stages(self, axes: Any) -> None:
+        spent = [self.stages_of(arm) for arm in self.job.arms]
+        base = [0.0] * len(spent)
+        for name in (name for name in stages.NAMES if any(name in one for one in spent)):
+            heights = [one.get(name, 0.0) for one in spent]
+            axes.bar(list(map(str, self.job.arms)), heights, bottom=base, label=name)
+            base = [low + height for low, height in zip(base, heights, strict=True)]
+        axes.set(ylabel="seconds of a request, in the mean")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+
+    def _draw_map(self, axes: Any) -> None:
+        names = ["", "=", *map(str, self.job.arms)]
+        axes.imshow([[names.index(winner) for winner in row] for row in self.map.winners], cmap="Pastel1", vmin=0)
+        for y, row in enumerate(self.map.winners):
+            for x, winner in enumerate(row):
+                axes.text(x, y, winner, ha="center", va="center", fontsize="small")
+        axes.set_xticks(range(len(self.map.tpot)), [f"≤ {seconds(tpot)}" for tpot in self.map.tpot])
+        axes.set_yticks(range(len(self.map.ttft)), [f"≤ {seconds(wait)}" for wait in self.map.ttft])
+        axes.set(xlabel="TPOT", ylabel="TTFT", title="most goodput")
 
 
 def _try(arm: Arm, binds: stages.Binding) -> str:
