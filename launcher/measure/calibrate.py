@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any
@@ -21,6 +21,7 @@ from ..plan.plan import NodeProcess, Plan
 from ..run import proof
 from . import load
 from .fit import Point, errors, fit
+from .loadgen import Planned
 from .workload import Workload
 
 _LENGTHS = 5
@@ -167,7 +168,9 @@ class _Bench:
 
     async def _step(self, batch: int, context: int, output: int) -> tuple[int, int, float] | None:
         """While all of them run; None when they never did."""
-        plan = ((number, 0.0, self._body(context, output) | _STREAMED) for number in range(batch))
+        plan: Iterator[Planned] = (
+            (number, 0.0, self._body(context, output) | _STREAMED, {}) for number in range(batch)
+        )
         rows = await load.run(self._decode.url, proof.node_key(self._plan), plan, wants_times=True)
         if any(row.problem for row in rows):
             raise LauncherError(f"{self._decode.name}: {next(row.problem for row in rows if row.problem)}")

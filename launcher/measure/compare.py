@@ -243,7 +243,7 @@ class Comparison:
         draw: int,
         told: Callable[[Row], object] = lambda _: None,
     ) -> list[Row]:
-        plan_of_requests = load.bodies(workload, plan.served_model_name, vocabulary, draw)
+        plan_of_requests = load.planned(workload, plan.served_model_name, vocabulary, draw)
         return await load.run(plan.proxy_url, proof.key(plan), plan_of_requests, told)
 
 

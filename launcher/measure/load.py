@@ -9,7 +9,7 @@ from dataclasses import asdict
 from urllib.parse import urlsplit
 
 from ..errors import LauncherError
-from .loadgen import Row, Target
+from .loadgen import Planned, Row, Target
 from .workload import Workload, token_ids
 
 _TIMEOUT_S = 900.0
@@ -22,9 +22,10 @@ class TooSlowError(LauncherError):
     """The load generator could not keep up."""
 
 
-def bodies(workload: Workload, model: str, vocabulary: Sequence[int], draw: int) -> Iterator[tuple[int, float, object]]:
-    """(number, due, body) of each request: greedy, as long as the workload says, streamed."""
+def planned(workload: Workload, model: str, vocabulary: Sequence[int], draw: int) -> Iterator[Planned]:
+    """Each request: greedy, as long as the workload says, streamed; those of a session say so."""
     for number, request in enumerate(workload.requests):
+        session = {} if request.session is None else {"x-session-id": str(request.session)}
         yield (
             number,
             request.at,
@@ -33,13 +34,14 @@ def bodies(workload: Workload, model: str, vocabulary: Sequence[int], draw: int)
                 "max_tokens": request.output, "temperature": 0, "ignore_eos": True, "stream": True,
                 "stream_options": {"include_usage": True},
             },
+            session,
         )  # fmt: skip
 
 
 async def run(
     url: str,
     headers: Mapping[str, str],
-    plan: Iterator[tuple[int, float, object]],
+    plan: Iterator[Planned],
     told: Callable[[Row], object] = lambda _: None,
     *,
     wants_times: bool = False,

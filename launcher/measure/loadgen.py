@@ -1,8 +1,8 @@
 """Sends requests at given times, whatever becomes of those before: `python -m launcher.measure.loadgen`.
 
 A process of its own, so that its CPU is known: a load generator that is late measures itself. Reads a line of JSON
-(`Target`) and then one for each request, [number, seconds from now, body]; when all came, and a line `go` after them,
-it begins. Writes a line for each (`Row`) as it ends, and last `{"cpu": seconds, "wall": seconds}`.
+(`Target`) and then one for each request (`Planned`); when all came, and a line `go` after them, it begins. Writes a
+line for each (`Row`) as it ends, and last `{"cpu": seconds, "wall": seconds}`.
 """
 
 import asyncio
@@ -33,6 +33,10 @@ class Target:
     timeout_s: float
     wants_times: bool = False
     """Of each token, too."""
+
+
+Planned = tuple[int, float, dict[str, Any], dict[str, str]]
+"""(number, seconds after the beginning, body, headers of its own)."""
 
 
 @dataclass(slots=True)
@@ -109,12 +113,12 @@ class _Answer:
         self._row.problem = "the stream says no usage"
 
 
-async def _ask(target: Target, row: Row, body: bytes, began: float) -> None:
+async def _ask(target: Target, row: Row, body: bytes, headers: dict[str, str], began: float) -> None:
     """Raises OSError, HttpParserError."""
     reader, writer = await asyncio.open_connection(target.host, target.port)
     try:
         head = {"host": f"{target.host}:{target.port}", "content-length": str(len(body)), "connection": "close"}
-        lines = "".join(f"{name}: {value}\r\n" for name, value in (head | target.headers).items())
+        lines = "".join(f"{name}: {value}\r\n" for name, value in (head | target.headers | headers).items())
         row.sent = time.monotonic() - began
         writer.write(f"POST {target.path} HTTP/1.1\r\n{lines}\r\n".encode() + body)
         answer = _Answer(row, began, wants_times=target.wants_times)
@@ -127,11 +131,11 @@ async def _ask(target: Target, row: Row, body: bytes, began: float) -> None:
         writer.close()
 
 
-async def _one(target: Target, row: Row, body: bytes, began: float) -> None:
+async def _one(target: Target, row: Row, body: bytes, headers: dict[str, str], began: float) -> None:
     await asyncio.sleep(began + row.due - time.monotonic())
     try:
         async with asyncio.timeout(target.timeout_s):
-            await _ask(target, row, body, began)
+            await _ask(target, row, body, headers, began)
     except TimeoutError:
         row.problem = f"no end after {target.timeout_s:g} s"
     except (OSError, httptools.HttpParserError) as exc:
@@ -151,10 +155,10 @@ async def _main() -> None:
     for line in iter(sys.stdin.readline, "go\n"):
         if not line:
             return  # whoever gave the plan has gone
-        number, due, body = json.loads(line)
-        plan.append((Row(number, due), json.dumps(body).encode()))
+        number, due, body, headers = json.loads(line)
+        plan.append((Row(number, due), json.dumps(body).encode(), headers))
     cpu, began = time.process_time(), time.monotonic()
-    await asyncio.gather(*(_one(target, row, body, began) for row, body in plan))
+    await asyncio.gather(*(_one(target, row, body, headers, began) for row, body, headers in plan))
     _tell({"cpu": time.process_time() - cpu, "wall": time.monotonic() - began})
 
 

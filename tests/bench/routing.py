@@ -13,14 +13,13 @@ whose KV does not move is no comparison: its decode nodes compute every prompt a
 """
 
 import argparse
+import asyncio
 import contextlib
 import json
 import math
 import signal
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,12 @@ from pathlib import Path
 import httpx
 
 from engines.sim.timing import Speeds
-from tests.processes import ROOT, Sim, metric, running, sim_node, wait_until
+from launcher.errors import LauncherError
+from launcher.measure import load
+from launcher.measure.loadgen import Planned
+from launcher.measure.results import figures
+from launcher.measure.slo import Slo
+from tests.processes import Sim, metric, running, sim_node, wait_until
 
 from . import peers, workloads
 from .peers import System
@@ -86,22 +90,9 @@ def nodes(case: Case) -> Iterator[tuple[list[Sim], list[Sim]]]:
 
 def measure(system: System, case: Case, prefills: list[Sim], decodes: list[Sim]) -> Figures:
     """All requests of a case through one system."""
-    plan = "\n".join(
-        json.dumps([one.at / case.compress, one.prompt(number), one.output, one.session])
-        for number, one in enumerate(case.arrivals)
-    )
-    began = time.monotonic()
-    command = [sys.executable, "-m", "tests.bench.openloop", str(system.port)]
-    result = subprocess.run(command, input=plan, capture_output=True, text=True, check=True, cwd=ROOT)
-    *rows, own_cpu_s = map(json.loads, result.stdout.splitlines())
-    busy = own_cpu_s / (time.monotonic() - began)
-    good = [row for row in rows if len(row) > 1]
-    ttft = sorted(row[1] * case.compress for row in good) or [float("inf")]
-    tpot = [row[2] * case.compress / (row[3] - 1) for row in good if row[3] > 1]
-    met = sum(
-        1 for row in good if row[1] * case.compress <= SLO_TTFT_S
-        and row[2] * case.compress <= SLO_TPOT_S * max(row[3] - 1, 1)
-    )  # fmt: skip
+    rows = asyncio.run(load.run(f"http://127.0.0.1:{system.port}", {}, _planned(case)))
+    limits = Slo(SLO_TTFT_S / case.compress, SLO_TPOT_S / case.compress)
+    found = figures(rows, limits)
     computed = [_tokens(node, "local_compute") for node in prefills]
     cached = sum(_tokens(node, "local_cache_hit") for node in prefills)
     moved = sum(_tokens(node, "external_kv_transfer") for node in decodes)
@@ -109,17 +100,25 @@ def measure(system: System, case: Case, prefills: list[Sim], decodes: list[Sim])
     return {
         "hit %": 100 * cached / max(cached + sum(computed), 1),
         "KV moved %": 100 * moved / max(moved + again, 1),
-        "TTFT mean": statistics.fmean(ttft),
-        "p50": _share(ttft, 0.5),
-        "p90": _share(ttft, 0.9),
-        "p99": _share(ttft, 0.99),
-        "TPOT ms": 1000 * statistics.fmean(tpot or [float("inf")]),
-        "goodput %": 100 * met / len(rows),
+        "TTFT mean": found.ttft["mean"] * case.compress,
+        "p50": found.ttft["p50"] * case.compress,
+        "p90": found.ttft["p90"] * case.compress,
+        "p99": found.ttft["p99"] * case.compress,
+        "TPOT ms": 1000 * found.tpot["mean"] * case.compress,
+        "goodput %": 100 * found.good / found.requests,
         "imbalance": max(computed) / max(statistics.fmean(computed), 1),
         "as predicted %": _as_predicted(system),
-        "errors": len(rows) - len(good),
-        "load's CPU %": 100 * busy,
+        "errors": found.errors,
     }
+
+
+def _planned(case: Case) -> Iterator[Planned]:
+    for number, one in enumerate(case.arrivals):
+        body = {
+            "model": "tiny", "prompt": one.prompt(number), "max_tokens": one.output, "ignore_eos": True,
+            "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        yield number, one.at / case.compress, body, {} if one.session < 0 else {"x-session-id": str(one.session)}
 
 
 def _as_predicted(system: System) -> float:
@@ -138,10 +137,6 @@ def _tokens(node: Sim, source: str) -> float:
     return node.metric("vllm:prompt_tokens_by_source_total", source=source)
 
 
-def _share(values: list[float], share: float) -> float:
-    return values[int(share * (len(values) - 1))]
-
-
 def run(case: Case, names: list[str]) -> dict[str, Figures]:
     """Every system on nodes of its own; one that does not answer is left out."""
     found = {}
@@ -152,7 +147,7 @@ def run(case: Case, names: list[str]) -> dict[str, Figures]:
                 with running(list(system.command), {}):
                     wait_until(lambda at=system.port: _answers(at), name, patience_s=40)  # type: ignore[misc]
                     found[name] = measure(system, case, prefills, decodes)
-            except (AssertionError, subprocess.CalledProcessError) as exc:
+            except (AssertionError, LauncherError) as exc:
                 print(f"{name} is left out: {exc}", file=sys.stderr)  # noqa: T201
                 continue
         print(f"{case.name} {case.load} {name} {found[name]}", file=sys.stderr, flush=True)  # noqa: T201
@@ -196,11 +191,11 @@ def main() -> None:
     names = options.only.split(",") if options.only else list(peers.routers([]))
     cases = [(c.split(":")[0], float(c.split(":")[1])) for c in options.cases.split(",")] if options.cases else CASES
     results = {}
-    for name, load in cases:
+    for name, busy in cases:
         draws = [workloads.WORKLOADS[name](options.requests, int(seed)) for seed in options.seeds.split(",")]
-        rounds = [run(Case(name, load, arrivals), names) for arrivals in draws]
-        results[f"{name} {load}"] = rounds
-        show(name, load, rounds)
+        rounds = [run(Case(name, busy, arrivals), names) for arrivals in draws]
+        results[f"{name} {busy}"] = rounds
+        show(name, busy, rounds)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 

@@ -5,13 +5,15 @@ one for each 512 tokens; equal pieces are equal text. So half a byte stands for 
 each byte is a token, computes half as many.
 """
 
-import json
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count, pairwise
 from pathlib import Path
+
+from launcher.measure import traces
+from launcher.measure.workload import Request
 
 BLOCK_TOKENS = 512
 BLOCK_BYTES = 256
@@ -52,37 +54,20 @@ def trace(requests: int, seed: int) -> list[Arrival]:
     each seed; of the generator's look-alike where the trace is not there.
     """
     if not TRACE.exists():
-        return look_alike(requests, seed)
-    lines = TRACE.read_text().splitlines()
-    spread = random.Random(seed)
-    first = spread.randrange(len(lines) - requests)
-    rows = [json.loads(line) for line in lines[first : first + requests]]
-    began = rows[0]["timestamp"]
+        return _arrivals(traces.made("conversations", requests, seed).requests)
+    rows, spread = traces.from_file(TRACE).requests, random.Random(seed)
+    first = spread.randrange(len(rows) - requests)
+    some = rows[first : first + requests]
+    return _arrivals(replace(row, at=row.at - some[0].at + spread.random() * 3) for row in some)
+
+
+def _arrivals(requests: Iterable[Request]) -> list[Arrival]:
     found = []
-    for row in rows:
-        blocks = tuple(row["hash_ids"][: row["input_length"] // BLOCK_TOKENS])
-        at = (row["timestamp"] - began) / 1000 + spread.random() * 3
-        tail = row["input_length"] - len(blocks) * BLOCK_TOKENS
-        found.append(Arrival(at, blocks, tail, max(1, row["output_length"] // _OUTPUT_SHARE)))
+    for row in requests:
+        blocks = row.pieces[: row.tokens // BLOCK_TOKENS]
+        tail = row.tokens - len(blocks) * BLOCK_TOKENS
+        found.append(Arrival(row.at, blocks, tail, max(1, row.output // _OUTPUT_SHARE)))
     return sorted(found, key=lambda arrival: arrival.at)
-
-
-def look_alike(requests: int, seed: int) -> list[Arrival]:
-    """Like the trace: prompts of 12 000 tokens in the mean, log-normal, of which a third begins as an earlier one."""
-    chance, numbers = random.Random(seed), count(1)
-    known: list[tuple[int, ...]] = []
-    found, at = [], 0.0
-    for _ in range(requests):
-        at += chance.expovariate(3.3)
-        length = min(240, max(1, int(chance.lognormvariate(2.7, 0.95))))
-        shared: tuple[int, ...] = ()
-        if known and chance.random() < 0.5:
-            before = known[-1 - min(len(known) - 1, int(chance.expovariate(1 / 200)))]
-            shared = before[: max(1, int(len(before) * chance.betavariate(4, 1)))]
-        blocks = (*shared, *(next(numbers) for _ in range(max(1, length - len(shared)))))
-        known.append(blocks)
-        found.append(Arrival(at, blocks, chance.randrange(BLOCK_TOKENS), chance.randrange(1, 30)))
-    return found
 
 
 def chats(requests: int, seed: int) -> list[Arrival]:

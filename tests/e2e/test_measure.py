@@ -32,7 +32,7 @@ def test_a_round_is_measured_by_what_the_nodes_count(real_pair: Up) -> None:
     async def play() -> tuple[list[Row], stages.Stages]:
         async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
             vocabulary = await vocabulary_of(client, plan)
-        bodies = load.bodies(workload, plan.served_model_name, vocabulary, draw=1)
+        bodies = load.planned(workload, plan.served_model_name, vocabulary, draw=1)
         rows, before, after, looks = await stages.watched(plan, load.run(plan.proxy_url, {}, bodies, wants_times=True))
         return rows, stages.stages(plan, rows, before, after, looks)
 

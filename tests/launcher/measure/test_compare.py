@@ -15,7 +15,7 @@ from launcher.hosts.local.host import LocalHost
 from launcher.measure import compare, load, starting, traces
 from launcher.measure.arms import Arm
 from launcher.measure.compare import Comparison, Job
-from launcher.measure.loadgen import Row
+from launcher.measure.loadgen import Planned, Row
 from launcher.measure.report import Report
 from launcher.measure.slo import Slo
 from launcher.plan.config import LaunchConfig
@@ -158,7 +158,7 @@ def test_what_is_longer_than_the_model_takes_is_named() -> None:
 
 
 def test_requests_that_nobody_answers_are_errors_of_the_round() -> None:
-    plan = [(number, 0.1, {"prompt": "x"}) for number in range(3)]
+    plan: list[Planned] = [(number, 0.1, {"prompt": "x"}, {}) for number in range(3)]
     rows = asyncio.run(load.run(f"http://127.0.0.1:{free_port()}", {}, iter(plan)))
     assert [bool(row.problem) for row in rows] == [True] * 3
 
