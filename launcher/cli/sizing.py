@@ -65,7 +65,7 @@ def size(  # noqa: PLR0913, PLR0917  its flags
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON.")] = False,  # noqa: FBT002
 ) -> None:
-    """Measure one prefill and one decode node, and say how many of each these requests need."""
+    """Measure a prefill and a decode node, and say how many of each some requests need."""
     if lock is not None:
         raise ConfigError("--locked repeats one run, and does not go with `size`")
     found, limits = workload_of(trace, workload, requests, rate, scale, piece_tokens, seed), Slo.parse(slo)
