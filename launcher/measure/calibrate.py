@@ -21,13 +21,14 @@ from ..plan.plan import NodeProcess, Plan
 from ..run import proof
 from . import load
 from .fit import Point, errors, fit
-from .loadgen import Planned
+from .loadgen import Planned, Row
 from .workload import Workload
 
 _LENGTHS = 5
 _TWICE = 2
 _BATCHES = (1, 2, 4, 8, 16, 32)
 _FEWEST_STEPS = 24
+_FEWEST_MEASURED = 3
 _PUBLISHED_WITHIN_S = 10.0
 _SEQUENCES = 256
 _STEP_TOKENS = 2048
@@ -175,12 +176,11 @@ class _Bench:
         if any(row.problem for row in rows):
             raise LauncherError(f"{self._decode.name}: {next(row.problem for row in rows if row.problem)}")
         begin, end = max(row.first for row in rows), min(row.last for row in rows)
-        inside = [sum(begin < at <= end for at in row.times) for row in rows]
-        steps = sum(inside) / batch
-        if steps < 3:
+        at_begin, at_end = (sum(_made(row, at) for row in rows) / batch for at in (begin, end))
+        if at_end - at_begin < _FEWEST_MEASURED:
             return None
-        made = sum(sum(at <= begin for at in row.times) + n / 2 for row, n in zip(rows, inside, strict=True))
-        return batch, round(batch * context + made), (end - begin) / steps
+        live = batch * (context + (at_begin + at_end) / 2)
+        return batch, round(live), (end - begin) / (at_end - at_begin)
 
     async def hand_offs(self, lengths: Sequence[int], decode: Sequence[float]) -> tuple[list[tuple[int, float]], float]:
         """What is left of an answer of one token through the proxy; and the time on the way, of the prefill leg."""
@@ -195,7 +195,12 @@ class _Bench:
         return found, max(sorted(rests)[len(rests) // 2], 0.0)
 
 
-_STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
+_STREAMED = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+
+
+def _made(row: Row, at: float) -> int:
+    """Tokens of an answer until then."""
+    return max((tokens for when, tokens in row.times if when <= at), default=0)
 
 
 def _prefill_points(measured: Sequence[tuple[int, float]]) -> list[Point]:

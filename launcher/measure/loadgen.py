@@ -7,6 +7,7 @@ line for each (`Row`) as it ends, and last `{"cpu": seconds, "wall": seconds}`.
 
 import asyncio
 import json
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,7 @@ import uvloop
 
 _TAIL = 4096
 """The last bytes of a stream, in which its usage is."""
+_TOLD = re.compile(rb'"completion_tokens":(\d+)')
 _BLOCK = 2**16
 _TOKEN = b'"choices":[{'
 """In every event that has a token, and in no other: neither in usage nor in comments."""
@@ -32,7 +34,7 @@ class Target:
     headers: dict[str, str]
     timeout_s: float
     wants_times: bool = False
-    """Of each token, too."""
+    """Of the tokens, too."""
 
 
 Planned = tuple[int, float, dict[str, Any], dict[str, str]]
@@ -55,8 +57,10 @@ class Row:
     path: str = ""
     """As the proxy says: whether it was handed over, or why not."""
     problem: str = ""
-    times: list[float] = field(default_factory=list)
-    """Of its tokens, where they are wanted."""
+    times: list[tuple[float, int]] = field(default_factory=list)
+    """(when, tokens so far) of each piece that came, where they are wanted. An engine that is ahead of its client puts
+    several tokens into one event: where the body asks for usage in each, that counts them.
+    """
 
 
 class _Answer:
@@ -85,7 +89,9 @@ class _Answer:
             self._row.first = self._row.first or now
             self._row.last = now
             if self._wants_times:
-                self._row.times += [now] * tokens
+                before = self._row.times[-1][1] if self._row.times else 0
+                told = _TOLD.findall(body)
+                self._row.times.append((now, int(told[-1]) if told else before + tokens))
         self._tail = (self._tail + body)[-_TAIL:]
 
     def on_message_complete(self) -> None:
