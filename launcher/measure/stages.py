@@ -5,6 +5,7 @@ A node's queue ends when the engine takes the request into its batch. On a decod
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -21,6 +22,7 @@ from .results import Figures, e2e
 from .slo import Slo
 
 _LOOK_EVERY_S = 1.0
+_COUNTED_WITHIN_S = 15.0
 _OF_THE_PROXY = ("queue", "prefill", "hand_off")
 NAMES = (
     "proxy queue", "queue", "prefill queue", "prefill", "hand-off", "decode queue", "decode", "the rest",
@@ -93,9 +95,8 @@ async def _settled(client: httpx.AsyncClient, plan: Plan, before: Snapshot, rows
     """A node publishes its counters a moment after its answers."""
     handed = sum(row.prompt_tokens for row in rows if row.path == "disaggregated")
     after = await snapshot(client, plan)
-    for _ in range(10):
-        if after.transferred - before.transferred >= handed:
-            break
+    deadline = time.monotonic() + _COUNTED_WITHIN_S
+    while after.transferred - before.transferred < handed and time.monotonic() < deadline:
         await asyncio.sleep(0.3)
         after = await snapshot(client, plan)
     return after

@@ -18,6 +18,8 @@ from tests.launched import Up
 
 pytestmark = pytest.mark.timeout(600)
 REQUESTS, PROMPT, OUTPUT = 12, 60, 8
+A_TICK = 0.01
+"""Seconds: an event loop's timers may be early by its clock's resolution."""
 
 
 def plan_of(run: Up) -> Plan:
@@ -39,7 +41,7 @@ def test_a_round_is_measured_by_what_the_nodes_count(real_pair: Up) -> None:
     rows, found = asyncio.run(play())
     assert [row.problem for row in rows] == [""] * REQUESTS
     assert {(row.prompt_tokens, row.output_tokens, row.path) for row in rows} == {(PROMPT, OUTPUT, "disaggregated")}
-    assert all(row.due <= row.sent < row.first <= row.last <= row.ended for row in rows)
+    assert all(row.due - A_TICK < row.sent < row.first <= row.last <= row.ended for row in rows)
     assert all(row.times[-1][0] == row.last for row in rows)
     assert found.transferred == REQUESTS * PROMPT
     assert set(found.seconds) == set(stages.NAMES) - {"queue"}
