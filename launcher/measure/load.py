@@ -55,6 +55,7 @@ async def run(
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-P", "-m", "launcher.measure.loadgen",
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=_LONGEST_LINE,
+        start_new_session=True,  # Ctrl-C on a terminal is for the launcher, which ends it
     )  # fmt: skip
     assert process.stdin is not None  # noqa: S101  asked for
     assert process.stdout is not None  # noqa: S101

@@ -115,6 +115,7 @@ async def _asked(constants: dict[str, Any], workload: Workload, arms: Sequence[A
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-P", "-m", "proxy.simulation",
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C on a terminal is for the launcher, which ends it
     )  # fmt: skip
     try:
         out, err = await process.communicate(orjson.dumps(question))
