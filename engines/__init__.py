@@ -2,6 +2,7 @@
 
 base.py      words that the other modules share: role, JSON, connector, hand-off, engine
 topology.py  the seam between launcher and proxy: which nodes there are, and where
+performance.py  how long an engine takes, as constants
 openai/      the routes and their answers: errors, server-sent events, streams collected and continued
 vllm/        vLLM: command line, the bodies of the two legs, metrics
 connectors/  the KV connectors, one file each

@@ -151,16 +151,16 @@ def _more_traffic(sized: Sized, slo: Slo) -> str:
 
 
 def _constants(measured: Measured, workload: Workload) -> list[str]:
-    a, b, c = measured.constants["prefill"]
-    d, e, f = measured.constants["decode"]
-    g, h = measured.constants["hand_off"]
+    a, b, c = measured.constants.prefill
+    d, e, f = measured.constants.decode
+    g, h = measured.constants.hand_off
     off = measured.errors()
     told = [
         "Measured (and the largest error of what was measured, predicted again)",
         f"  prefill   {a:.3g} s + {b:.3g} a token + {c:.3g} a token²  {_error(off['prefill'])}",
         f"  decode    {d:.3g} s + {e:.3g} a sequence + {f:.3g} a token of KV, a step  {_error(off['decode'])}",
         f"  hand-off  {g:.3g} s + {h:.3g} a token  {_error(off['hand_off'])}",
-        f"  KV        {measured.constants['kv_tokens']} tokens a node",
+        f"  KV        {measured.constants.kv_tokens} tokens a node",
     ]
     longest = max((tokens for tokens, _ in measured.prefill), default=0)
     beyond = sum(request.tokens > longest for request in workload.requests)

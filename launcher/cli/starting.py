@@ -16,15 +16,15 @@ import typer
 from pydantic import ValidationError
 
 from ..check.checks import check as check_plan
-from ..check.findings import Checked, Finding, refuse_errors
-from ..errors import ConfigError, InterruptedStart, LauncherError
+from ..check.findings import Checked, Finding
+from ..errors import ConfigError, InterruptedStart
 from ..events.apart import apart
 from ..events.events import Event, Events, Sink
 from ..events.files import AsJson, InLog
 from ..events.screen import OnScreen
 from ..events.systemd import ToSystemd
 from ..hosts.local.host import LocalHost
-from ..hosts.reserve import Reserved, reserve
+from ..hosts.reserve import Reserved
 from ..inspect import logs, runs
 from ..inspect.runs import RunFolder
 from ..plan.config import LaunchConfig
@@ -33,6 +33,7 @@ from ..plan.lockfile import LockFile
 from ..plan.plan import Plan
 from ..plan.planner import make_plan
 from ..plan.render import shell
+from ..run.checked import reserve_checked
 from . import detached, show
 from .flags import from_flags
 from .output import err, out
@@ -66,7 +67,7 @@ def up(  # noqa: PLR0913, PLR0917  its flags
     if as_json and with_logs:
         raise ConfigError("--json does not go with --logs", "`pd-launch logs -f` shows them")
     _point_out_remains()
-    reserved, checked = _reserved(config, lock)
+    reserved, checked = reserve_checked(config, LocalHost(), lock)
     folder = RunFolder(reserved.plan.run_dir)
     on_screen = OnScreen(out)
     shown: Sink = AsJson(sys.stdout) if as_json else on_screen if screen else _nobody
@@ -117,18 +118,6 @@ def _claimed(folder: RunFolder, handle: int | None = None) -> Iterator[None]:
         yield
     finally:
         folder.release()
-
-
-def _reserved(config: LaunchConfig, lock: LockFile | None) -> tuple[Reserved, list[Checked]]:
-    """A plan that was checked. Raises the first error that was found; nothing is left behind then."""
-    reserved = reserve(config, LocalHost(), lock)
-    checked = check_plan(config, reserved.plan, reserved.facts, lock)
-    try:
-        refuse_errors(checked)
-    except LauncherError:
-        reserved.reservation.close()
-        raise
-    return reserved, checked
 
 
 def _warn(plan: Plan, checked: list[Checked], events: Events) -> None:
@@ -220,7 +209,7 @@ def test(config: LaunchConfig, lock: LockFile | None) -> None:
     """Try it in stages: transfer engine, each node, their addresses, one request through both. Stops at a failure."""
     from ..run import selftest  # noqa: PLC0415  it brings the HTTP client
 
-    reserved, checked = _reserved(config, lock)
+    reserved, checked = reserve_checked(config, LocalHost(), lock)
     folder = RunFolder(reserved.plan.run_dir)
     screen = OnScreen(out)
     with closing(reserved.reservation), _claimed(folder), apart(screen) as sink:

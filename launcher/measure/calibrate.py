@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from engines.base import Role
+from engines.performance import Constants
 from engines.vllm import metrics
 from engines.vllm.command import given
 
@@ -30,16 +31,14 @@ _BATCHES = (1, 2, 4, 8, 16, 32)
 _FEWEST_STEPS = 24
 _FEWEST_MEASURED = 3
 _PUBLISHED_WITHIN_S = 10.0
-_SEQUENCES = 256
-_STEP_TOKENS = 2048
 _SHARE_OF_KV = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """All points, and the constants that fit them (`proxy/simulation/constants.py`)."""
+    """All points, and the constants that fit them."""
 
-    constants: dict[str, Any]
+    constants: Constants
     prefill: list[tuple[int, float]]
     """(prompt tokens, seconds)."""
     decode: list[tuple[int, int, float]]
@@ -50,14 +49,14 @@ class Measured:
     def errors(self) -> dict[str, float]:
         """Of each kind, the largest relative error of its own points, which the constants predict again."""
         points = {
-            "prefill": (_prefill_points(self.prefill), self.constants["prefill"]),
-            "decode": (_decode_points(self.decode), self.constants["decode"]),
-            "hand_off": (_hand_off_points(self.hand_off), self.constants["hand_off"]),
+            "prefill": (_prefill_points(self.prefill), self.constants.prefill),
+            "decode": (_decode_points(self.decode), self.constants.decode),
+            "hand_off": (_hand_off_points(self.hand_off), self.constants.hand_off),
         }
         return {name: max(map(abs, errors(some, fitted)), default=0.0) for name, (some, fitted) in points.items()}
 
     def as_data(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"constants": self.constants.model_dump()}
 
 
 async def calibrate(
@@ -78,15 +77,20 @@ async def calibrate(
         decode_constants = fit(_decode_points(decode))
         with events.step("hand-off"):
             hand_off, rest = await bench.hand_offs(lengths, decode_constants)
-    limits = given(config.arguments_of(plan.of(Role.DECODE)[0].role, plan.of(Role.DECODE)[0].name))
-    return Measured(
+    constants = Constants.model_validate(
         {
             "prefill": prefill_constants, "decode": decode_constants, "hand_off": fit(_hand_off_points(hand_off)),
-            "rest_s": rest, "kv_tokens": room, "sequences": int(limits.get("--max-num-seqs") or _SEQUENCES),
-            "step_tokens": int(limits.get("--max-num-batched-tokens") or _STEP_TOKENS),
-        },
-        prefill, decode, hand_off,
+            "rest_s": rest, "kv_tokens": room, **_limits(config, plan.of(Role.DECODE)[0]),
+        }
     )  # fmt: skip
+    return Measured(constants, prefill, decode, hand_off)
+
+
+def _limits(config: LaunchConfig, node: NodeProcess) -> dict[str, int]:
+    """Those that are given as plain numbers; of the others (vLLM reads 8k, too) the model's own hold."""
+    flags = given(config.arguments_of(node.role, node.name))
+    named = {"sequences": flags.get("--max-num-seqs", ""), "step_tokens": flags.get("--max-num-batched-tokens", "")}
+    return {name: int(text) for name, text in named.items() if text.isdecimal()}
 
 
 def _lengths(workload: Workload, room: int) -> list[int]:

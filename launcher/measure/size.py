@@ -16,6 +16,8 @@ from typing import Any
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from engines.performance import Constants
+
 from ..errors import ConfigError, LauncherError
 from . import stages
 from .arms import Arm
@@ -67,7 +69,7 @@ def divisions(nodes: int) -> list[Arm]:
     return [*pairs, Arm(ordinary=nodes)]
 
 
-async def size(constants: dict[str, Any], workload: Workload, slo: Slo, nodes: int) -> Sized:
+async def size(constants: Constants, workload: Workload, slo: Slo, nodes: int) -> Sized:
     """Raises LauncherError."""
     found = await predict(constants, workload, slo, divisions(nodes))
     found.sort(key=lambda one: (-one.figures.goodput, sum(one.spent.values())))
@@ -92,7 +94,7 @@ def _added(arm: Arm, larger: Arm) -> str:
     return next(text for kind, text in kinds.items() if getattr(larger, kind) > getattr(arm, kind))
 
 
-async def predict(constants: dict[str, Any], workload: Workload, slo: Slo, arms: Sequence[Arm]) -> list[Outcome]:
+async def predict(constants: Constants, workload: Workload, slo: Slo, arms: Sequence[Arm]) -> list[Outcome]:
     """Shared out to the cores of this machine. Raises LauncherError."""
     workers = min(os.cpu_count() or 1, len(arms))
     parts = [list(arms[first::workers]) for first in range(workers)]
@@ -105,9 +107,9 @@ async def predict(constants: dict[str, Any], workload: Workload, slo: Slo, arms:
     return [found[arm] for arm in arms]
 
 
-async def _asked(constants: dict[str, Any], workload: Workload, arms: Sequence[Arm]) -> list[dict[str, Any]]:
+async def _asked(constants: Constants, workload: Workload, arms: Sequence[Arm]) -> list[dict[str, Any]]:
     question = {
-        "constants": constants,
+        "constants": constants.model_dump(),
         "piece_tokens": workload.piece_tokens,
         "shapes": [{"prefill": arm.prefill, "decode": arm.decode, "ordinary": arm.ordinary} for arm in arms],
         "requests": [[one.at, one.tokens, one.output, one.pieces] for one in workload.requests],
@@ -147,7 +149,7 @@ class _File(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    constants: dict[str, Any]
+    constants: Constants
     prefill: list[tuple[int, float]] = Field(default_factory=list)
     decode: list[tuple[int, int, float]] = Field(default_factory=list)
     hand_off: list[tuple[int, float]] = Field(default_factory=list)
@@ -186,9 +188,7 @@ class Checked:
     """Goodput, requests a second."""
 
 
-async def checked_against(
-    folders: Sequence[Path], constants: dict[str, Any], model: str, read_trace: Any
-) -> list[Checked]:
+async def checked_against(folders: Sequence[Path], constants: Constants, model: str, read_trace: Any) -> list[Checked]:
     """Every comparison of this model among the folders, predicted again. What cannot be read is left out."""
     found = list[Checked]()
     for folder in folders:

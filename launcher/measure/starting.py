@@ -6,18 +6,17 @@ from typing import Any
 
 import httpx
 
-from ..check.checks import check as check_plan
-from ..check.findings import refuse_errors
 from ..errors import ConfigError, LauncherError
 from ..events.events import Events
 from ..events.files import InLog
 from ..hosts.host import Host
-from ..hosts.reserve import Reserved, reserve
+from ..hosts.reserve import Reserved
 from ..inspect import logs
 from ..inspect.runs import RunFolder
 from ..plan.config import LaunchConfig
 from ..plan.plan import Plan
 from ..run import proof
+from ..run.checked import reserve_checked
 from ..run.supervisor import Supervisor
 from .arms import Arm
 from .workload import Workload
@@ -48,7 +47,7 @@ async def started(  # noqa: PLR0913, PLR0917  what a run is made of
     try:
         folder.set_aside()
         config = arm.config(base, run_dir=path)
-        reserved = _reserved(config, host)
+        reserved, _ = reserve_checked(config, host)
         try:
             planned(reserved)
             told = Events(events.tell, InLog(path / logs.OF_THE_LAUNCHER), live=events.live)
@@ -57,16 +56,6 @@ async def started(  # noqa: PLR0913, PLR0917  what a run is made of
             reserved.reservation.close()
     finally:
         folder.release()
-
-
-def _reserved(config: LaunchConfig, host: Host) -> Reserved:
-    reserved = reserve(config, host)
-    try:
-        refuse_errors(check_plan(config, reserved.plan, reserved.facts))
-    except LauncherError:
-        reserved.reservation.close()
-        raise
-    return reserved
 
 
 async def refuse_what_is_too_long(client: httpx.AsyncClient, plan: Plan, workload: Workload) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import orjson
 
-from .constants import Constants
+from engines.performance import Constants
+
 from .engines import Job
 from .world import Shape, World
 

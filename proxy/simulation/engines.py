@@ -6,7 +6,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .constants import Constants
+from engines.performance import Constants
 
 At = Callable[[float, Callable[[], None]], None]
 """Do something at a time."""

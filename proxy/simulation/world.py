@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from engines import topology
 from engines.base import Gauges, NodeFacts, NodeRole, Prefilled, Role
+from engines.performance import Constants
 
 from ..nodes.fleet import Fleet, Limits
 from ..nodes.node import Node
 from ..routing.decode import DecodeRouter
 from ..routing.prefill import PrefillRouter
 from ..routing.prompts import Prompt
-from .constants import Constants
 from .engines import DecodeEngine, Job, PrefillEngine
 
 _NO_LIMIT = 1 << 30

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engines.performance import Constants
 from engines.sim.timing import Speeds
 from launcher.errors import ConfigError
 from launcher.events.events import Events
@@ -46,7 +47,7 @@ def test_no_constant_is_below_zero() -> None:
 
 def sized(workload: str, nodes: int, **other: Any) -> size.Sized:
     made = traces.made(workload, 400, seed=1)
-    return asyncio.run(size.size(CONSTANTS | other, made, SLO, nodes))
+    return asyncio.run(size.size(Constants.model_validate(CONSTANTS | other), made, SLO, nodes))
 
 
 def test_more_prompts_want_more_prefill_nodes() -> None:
@@ -73,7 +74,12 @@ def test_with_time_enough_nothing_breaks() -> None:
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("{", "Invalid JSON"), ("{}", "constants: Field required"), ('{"constants": {}, "x": 1}', "x: Extra inputs")],
+    [
+        ("{", "Invalid JSON"),
+        ("{}", "constants: Field required"),
+        ('{"constants": {}}', "constants.prefill: Field required"),
+        ('{"constants": {"prefill": [1, 2]}}', "constants.prefill"),
+    ],
 )
 def test_a_file_that_holds_no_constants_is_refused(tmp_path: Path, text: str, says: str) -> None:
     file = tmp_path / "constants.json"
@@ -87,7 +93,7 @@ def test_a_file_that_holds_no_constants_is_refused(tmp_path: Path, text: str, sa
 def test_constants_of_a_cluster_one_has_not_bought_suffice(tmp_path: Path) -> None:
     file = tmp_path / "constants.json"
     file.write_text(json.dumps({"constants": CONSTANTS}))
-    assert size.read(file) == Measured(CONSTANTS, [], [], [])
+    assert size.read(file) == Measured(Constants.model_validate(CONSTANTS), [], [], [])
     assert size.read(file).errors() == {"prefill": 0.0, "decode": 0.0, "hand_off": 0.0}
 
 
@@ -106,11 +112,11 @@ def test_a_measured_pair_predicts_what_comparisons_of_its_nodes_find(tmp_path: P
     )  # fmt: skip
     workload, slo = traces.made("input=300,output=8,rate=4", 40, seed=2), Slo(ttft=10, tpot=1)
     measured = asyncio.run(sized_pair.measure(base, workload, tmp_path / "sized", LocalHost(), Events()))
-    a, b, _ = measured.constants["prefill"]
-    c, d, _ = measured.constants["decode"]
+    a, b, _ = measured.constants.prefill
+    c, d, _ = measured.constants.decode
     assert a + 300 * b == pytest.approx(0.02 + 300 * 0.0004, rel=0.25)
     assert c + 4 * d == pytest.approx(0.02 + 4 * 0.002, rel=0.25)
-    assert measured.constants["kv_tokens"] == 300 * 16
+    assert measured.constants.kv_tokens == 300 * 16
     job = Job(base, (Arm(prefill=1, decode=1), Arm(ordinary=2)), workload, slo, 1, tmp_path / "compared")
     compare.begin(job, resume=False)
     Report(job, asyncio.run(Comparison(job, LocalHost(), Events()).run())).write()

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engines.performance import Constants
 from proxy.simulation.__main__ import answer
-from proxy.simulation.constants import Constants
 from proxy.simulation.engines import Cache, Job
 from proxy.simulation.world import Shape, World
 

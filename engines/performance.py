@@ -1,4 +1,4 @@
-"""How long an engine takes, in seconds and tokens. Fitted to a real pair (`launcher/measure/`), or made up."""
+"""How long an engine takes, in seconds and tokens: measured by the launcher, played by the proxy's simulation."""
 
 from pydantic import BaseModel, ConfigDict, Field
 
