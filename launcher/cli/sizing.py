@@ -29,9 +29,20 @@ from ..measure.workload import Workload
 from ..plan.config import LaunchConfig
 from ..plan.lockfile import LockFile
 from ..plan.planner import served_names
-from .comparing import now, workload_of
+from .comparing import now
 from .flags import from_flags
 from .output import out
+from .workloads import (
+    PieceTokensFlag,
+    RateFlag,
+    RequestsFlag,
+    ScaleFlag,
+    SeedFlag,
+    SloFlag,
+    TraceFlag,
+    WorkloadFlag,
+    workload_of,
+)
 
 _SHOWN = 8
 _COMPARED = 5
@@ -43,23 +54,14 @@ def size(  # noqa: PLR0913, PLR0917  its flags
     config: LaunchConfig,
     lock: LockFile | None,
     nodes: Annotated[int, typer.Option(metavar="N", min=2, help="How many nodes the devices make.")],
-    slo: Annotated[str, typer.Option(metavar="LIMITS", help="What a good answer keeps: ttft=2s,tpot=50ms[,e2e=30s].")],
-    trace: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Requests: a trace in Mooncake's form, or ShareGPT's JSON.")
-    ] = None,
-    workload: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="... or made: conversations, or input=2000,output=200,rate=2."),
-    ] = None,
-    requests: Annotated[int, typer.Option(metavar="N", min=1, help="So many of them, the first.")] = 2000,
-    rate: Annotated[float | None, typer.Option(metavar="R", min=1e-6, help="Requests a second, in the mean.")] = None,
-    scale: Annotated[
-        float, typer.Option(metavar="F", min=1e-6, help="Prompts and answers so many times as long.")
-    ] = 1.0,
-    piece_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Tokens that each hash id of the trace stands for.")
-    ] = traces.PIECE_TOKENS,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of what is made.")] = 0,
+    slo: SloFlag,
+    trace: TraceFlag = None,
+    workload: WorkloadFlag = None,
+    requests: RequestsFlag = 2000,
+    rate: RateFlag = None,
+    scale: ScaleFlag = 1.0,
+    piece_tokens: PieceTokensFlag = traces.PIECE_TOKENS,
+    seed: SeedFlag = 0,
     constants: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Measured before, or made up: nothing is started.")
     ] = None,
