@@ -1,7 +1,19 @@
 """Files that may hold a secret (`--env`), for this user only, and never half written."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def files() -> Iterator[None]:
+    """All that is made meanwhile, by child processes too, is for this user only."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def write(file: Path, text: str) -> None:

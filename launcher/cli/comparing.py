@@ -1,7 +1,6 @@
 """`pd-launch compare`: is it worth it here?"""
 
 import asyncio
-import os
 import sys
 import time
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from .. import private
 from ..errors import ConfigError, InterruptedStart
 from ..events.apart import apart
 from ..events.events import Events
@@ -68,10 +68,10 @@ def compare(  # noqa: PLR0913, PLR0917  its flags
     for arm in job.arms:
         arm.config(config)
     refuse_longer(found, config.max_model_len)
-    os.umask(0o077)
-    comparing.begin(job, resume=resume is not None)
-    report = _report(job, quiet=as_json)
-    report.write()
+    with private.files():
+        comparing.begin(job, resume=resume is not None)
+        report = _report(job, quiet=as_json)
+        report.write()
     if as_json:
         sys.stdout.write(report.as_json() + "\n")
     else:

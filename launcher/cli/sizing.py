@@ -1,7 +1,6 @@
 """`pd-launch size`: how many prefill and decode nodes?"""
 
 import asyncio
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -72,7 +71,8 @@ def size(  # noqa: PLR0913, PLR0917  its flags
         raise ConfigError("--locked repeats one run, and does not go with `size`")
     found, limits = workload_of(trace, workload, requests, rate, scale, piece_tokens, seed), Slo.parse(slo)
     refuse_longer(found, config.max_model_len)
-    measured = sizing.read(constants) if constants is not None else _measured(config, found, quiet=as_json)
+    with private.files():
+        measured = sizing.read(constants) if constants is not None else _measured(config, found, quiet=as_json)
     sized = asyncio.run(sizing.size(measured.constants, found, limits, nodes))
     checked = asyncio.run(_checked(measured, config))
     if as_json:
@@ -82,7 +82,6 @@ def size(  # noqa: PLR0913, PLR0917  its flags
 
 
 def _measured(config: LaunchConfig, workload: Workload, *, quiet: bool) -> Measured:
-    os.umask(0o077)
     folder = (config.run_dir or runs.folder().parent / "sized" / now()).expanduser().absolute()
     screen = OnScreen(out)
     with apart(screen) as sink:

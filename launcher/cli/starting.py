@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import json
-import os
 import sys
 import threading
 from collections.abc import Coroutine, Iterator
@@ -15,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from .. import private
 from ..check.checks import check as check_plan
 from ..check.findings import Checked, Finding
 from ..errors import ConfigError, InterruptedStart
@@ -106,18 +106,18 @@ def _claimed(folder: RunFolder, handle: int | None = None) -> Iterator[None]:
 
     `handle`: of a claim that whoever started us has made already.
     """
-    os.umask(0o077)
-    if handle is None:
-        folder.claim()
-    else:
-        folder.adopt(handle)
-    try:
+    with private.files():
         if handle is None:
-            folder.set_aside()
-        runs.forget_old()
-        yield
-    finally:
-        folder.release()
+            folder.claim()
+        else:
+            folder.adopt(handle)
+        try:
+            if handle is None:
+                folder.set_aside()
+            runs.forget_old()
+            yield
+        finally:
+            folder.release()
 
 
 def _warn(plan: Plan, checked: list[Checked], events: Events) -> None:

@@ -1,6 +1,7 @@
 """`pd-launch compare` and `size` as a user gives them; what cannot be measured is refused before anything starts."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,14 @@ def test_what_cannot_be_compared_is_refused_at_once(given: tuple[str, ...], says
     result = at_once("compare", *MODEL, *given)
     assert says in result.stderr
     assert result.returncode == 2
+
+
+def test_the_umask_stays_as_it_was() -> None:
+    before = os.umask(0o027)
+    try:
+        at_once("compare", *MODEL, "--arms", "1P1D,2", *SLO, *MADE, "--resume", "/nowhere")
+    finally:
+        assert os.umask(before) == 0o027
 
 
 def test_a_chart_that_could_not_be_drawn_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
