@@ -1,14 +1,15 @@
 """What was found out: for the screen, as data, and as a picture."""
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import orjson
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -29,6 +30,8 @@ _REMEDIES: Mapping[stages.Binding, str] = {
     "transfer": ": look at --transfer-protocol, the network, and `pd-launch test`",
     "proxy": ": give it --workers, or higher limits (pd-proxy --help)",
 }
+_UNLIMITED = 10_000
+"""Columns of a screen that any table fits in."""
 _NEARLY_ALL = 0.99
 """Of the requests, within every limit."""
 
@@ -81,8 +84,8 @@ class Report:
         yield f"  SLO {self.job.slo}; {self.job.rounds} rounds, {', '.join(str(arm) for arm, _ in self.job.order)}"
         yield "  other prompts in each round (nothing is cached from an earlier one); warm-up not counted"
 
-    def _table(self) -> Table:
-        table = _table("", *map(str, self.job.arms))
+    def _table(self) -> RenderableType:
+        table = _Columns("", *map(str, self.job.arms))
         columns = [verdict.over_rounds(rounds) if rounds else {} for rounds in self._figures.values()]
         for name in next((column for column in columns if column), {}):
             table.add_row(name, *(verdict.in_words(name, column[name]) if column else "-" for column in columns))
@@ -105,7 +108,7 @@ class Report:
 
     def _where_the_time_went(self) -> Iterator[RenderableType]:
         yield Text("Where the time of a request went, in the mean")
-        table = _table("", *map(str, self.job.arms))
+        table = _Columns("", *map(str, self.job.arms))
         spent = [self.stages_of(arm) for arm in self.job.arms]
         for name in (name for name in stages.NAMES if any(name in one for one in spent)):
             table.add_row(name, *(seconds(one[name]) if name in one else "" for one in spent))
@@ -156,7 +159,7 @@ class Report:
     def _map(self) -> Iterator[RenderableType]:
         yield Text("Which arm has the most goodput for other targets (=: within 5 %; -: nobody is in time)")
         found = self.map
-        table = _table("TTFT \\ TPOT", *(f"≤ {seconds(tpot)}" for tpot in found.tpot))
+        table = _Columns("TTFT \\ TPOT", *(f"≤ {seconds(tpot)}" for tpot in found.tpot))
         for wait, row in zip(found.ttft, found.winners, strict=True):
             table.add_row(f"≤ {seconds(wait)}", *(winner or "-" for winner in row))
         yield table
@@ -271,9 +274,38 @@ def _try(arm: Arm, binds: stages.Binding) -> str:
     return ""
 
 
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(first)
-    for name in others:
-        table.add_column(name, justify="right")
-    return table
+class _Columns:
+    """A table with a column for each arm; those that do not fit beside each other stand below each other."""
+
+    def __init__(self, first: str, *names: str) -> None:
+        self._first = first
+        self._names = names
+        self._rows: list[tuple[str, tuple[str, ...]]] = []
+
+    def add_row(self, name: str, *cells: str) -> None:
+        self._rows.append((name, cells))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        unlimited = options.update(max_width=_UNLIMITED)
+        for beside in range(len(self._names), 0, -1):
+            tables = [self._table(start, beside) for start in range(0, len(self._names), beside)]
+            widest = max(Measurement.get(console, unlimited, table).maximum for table in tables)
+            if widest <= options.max_width or beside == 1:
+                yield from _separated(tables)
+                return
+
+    def _table(self, start: int, beside: int) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(self._first)
+        for name in self._names[start : start + beside]:
+            table.add_column(name, justify="right")
+        for name, cells in self._rows:
+            table.add_row(name, *cells[start : start + beside])
+        return table
+
+
+def _separated(tables: Sequence[Table]) -> Iterator[RenderableType]:
+    for number, table in enumerate(tables):
+        if number:
+            yield Text()
+        yield table
