@@ -10,6 +10,7 @@ Written whole by whatever starts nodes (pd-launch on this host, or any other sch
 A node of the role "both" prefills for some requests and decodes for others; it has a bootstrap server, too.
 """
 
+from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import urlsplit
 
@@ -49,6 +50,10 @@ class Node(BaseModel):
     """Where the Mooncake bootstrap server of a node that prefills answers, as seen from the *decode nodes*."""
     drain: bool = False
     """It gets no new requests; what runs there goes on."""
+    log: Path | None = None
+    """The file its output goes to, where whoever started it and the proxy are on one host."""
+    finding: str = ""
+    """Why it ended when it last did, as whoever started it found in the logs."""
 
 
 class Topology(BaseModel):

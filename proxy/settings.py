@@ -1,5 +1,6 @@
 """The proxy's settings: read once, at start, from flags, a file and the environment. The flags are made from this."""
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,6 +17,14 @@ def _split(value: Any) -> Any:
 
 Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]
 """Written with commas."""
+
+
+def is_loopback(host: str) -> bool:
+    """A name or an address that only this machine reaches."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class ProxySettings(BaseModel):
@@ -59,7 +68,10 @@ class ProxySettings(BaseModel):
     """From the environment (PD_NODE_API_KEY): what the nodes were started with (vLLM's `--api-key`)."""
     admin_host: str = Field("127.0.0.1", description="Address of the admin listener.")
     admin_port: int | None = Field(
-        None, ge=1, le=65535, description="Add, drain and remove nodes at run time here (PD_PROXY_ADMIN_KEY)."
+        None,
+        ge=1,
+        le=65535,
+        description="See nodes and requests on a page, and add, drain and remove nodes, here (PD_PROXY_ADMIN_KEY).",
     )
     admin_key: str | None = None
     """From the environment (PD_PROXY_ADMIN_KEY)."""
@@ -164,8 +176,8 @@ class ProxySettings(BaseModel):
             raise ValueError("TLS needs both, --tls-certificate and --tls-key")
         if self.split != "always" and self.without_prefill == "refuse":
             raise ValueError("--split when-faster lets decode nodes compute prompts, --without-prefill refuse does not")
-        if self.admin_port is not None and not self.admin_key:
-            raise ValueError("an admin port needs a key: set PD_PROXY_ADMIN_KEY")
+        if self.admin_port is not None and not self.admin_key and not is_loopback(self.admin_host):
+            raise ValueError("an admin port that others reach needs a key: set PD_PROXY_ADMIN_KEY")
         if self.admin_key and self.admin_key in self.api_keys:
             raise ValueError("the admin key is one of the clients' keys; it must be another")
         return self

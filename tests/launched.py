@@ -87,7 +87,7 @@ def own_ports(nodes: int) -> list[str]:
     """Flags that keep a run clear of every other on this machine."""
     return [
         "--http-ports", free_range(nodes), "--bootstrap-ports", free_range(nodes),
-        "--transfer-ports", free_range(16 * nodes), "--proxy-port", str(free_port()),
+        "--transfer-ports", free_range(16 * nodes), "--admin-ports", free_range(1), "--proxy-port", str(free_port()),
     ]  # fmt: skip
 
 

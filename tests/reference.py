@@ -3,13 +3,21 @@
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from engines.openai.routes import HANDED_OFF, PASSED_ON, REFUSED
+from engines.topology import Node, Topology
 from proxy import errors
 from proxy.cli import flag, flagged_settings, shown
 from proxy.errors import ProxyError
 from proxy.metrics import Counts, Metrics, Seconds
+from proxy.nodes.fleet import Fleet
+from proxy.nodes.pairs import Verdict
+from proxy.nodes.transfer import TransferWatch
+from proxy.routing.split import Split
+from proxy.serving import exposition
+from proxy.serving.board import Board
 from tests.processes import ROOT
 
 OWN = (
@@ -41,16 +49,33 @@ def statuses() -> str:
 
 
 def metrics() -> str:
-    """Every series that the proxy counts itself."""
+    """Every series, as a proxy in front of one pair tells them."""
     lines = ["| Series | Kind | Labels | |", "|---|---|---|---|"]
-    own = Metrics()
-    for name, counts in own.of(Counts):
-        lines.append(f"| `pd_{name}_total` | counter | {_labels(counts)} | {counts.text} |")
-    for name, seconds in own.of(Seconds):
-        lines.append(f"| `pd_{name}` | histogram | {_labels(seconds)} | {seconds.text} |")
-    gauges = ", ".join(f"`pd_{name}`" for name in own.snapshot()["gauges"])
-    lines.append(f"| {gauges} | gauge | | now |")
+    own = {f"pd_{name}": series.labels for kind in (Counts, Seconds) for name, series in Metrics().of(kind)}
+    for family in text_string_to_metric_families(_exposition()):
+        if family.name.startswith("pd_"):
+            name = f"{family.name}_total" if family.type == "counter" else family.name
+            sample = next(iter(family.samples), None)
+            labels = own.get(family.name) or (sorted(sample.labels) if sample is not None else ())
+            told = ", ".join(f"`{label}`" for label in labels)
+            lines.append(f"| `{name}` | {family.type} | {told} | {family.documentation} |")
     return "\n".join(lines)
+
+
+def _exposition() -> str:
+    prefill = Node(name="prefill-0", role="prefill", url="http://p:1", bootstrap="http://p:2")
+    fleet = Fleet(Topology(nodes=(prefill, Node(name="decode-0", role="decode", url="http://d:1"))))
+    nodes = list(fleet)
+    fleet.pairs.judged((nodes[0], nodes[1]), Verdict("same", "", (0, 0)))
+    watch = TransferWatch(fleet)
+    watch.adopt(nodes[1], "moving", 0)
+    return exposition.text(Metrics(), Board(), fleet, watch, _Learned(is_wanted=True), ()).decode()
+
+
+class _Learned(Split):
+    """As after some hundred requests."""
+
+    crossover_tokens = 0
 
 
 def routes() -> str:
@@ -91,10 +116,6 @@ def _kinds(kind: type[ProxyError]) -> Iterator[type[ProxyError]]:
 
 def _words(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name.removesuffix("Error")).lower()
-
-
-def _labels(series: Any) -> str:
-    return ", ".join(f"`{label}`" for label in series.labels)
 
 
 def main(file: Path = README) -> None:

@@ -16,6 +16,7 @@ _FLAG_OF_PURPOSE = {
     "store": "store_ports",
     "store client": "store_client_ports",
     "proxy": "proxy_port",
+    "admin": "admin_ports",
 }
 
 _USED_BY_OTHERS = (

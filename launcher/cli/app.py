@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ls": ("running", "All runs that are known here."),
     "status": ("running", "Nodes, ports, health, load and the proof that KV moves."),
     "logs": ("running", "All nodes' logs in one time line, or some nodes' only."),
+    "trace": ("running", "One request by stages: nodes, attempts, times, what went wrong, and its log lines."),
     "doctor": ("running", "Read all nodes' logs: what failed first, on which node, why, how to fix it."),
     "restart": ("running", "Drain one node (or the proxy), stop it and start it again."),
     "scale": ("running", "Start further nodes, or drain and stop the last ones."),

@@ -23,7 +23,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "host", "http_ports", "bootstrap_ports", "transfer_ports", "transfer_ports_per_node", "store_ports",
         "store_client_ports",
     ),
-    "Proxy": ("proxy_host", "proxy_port", "proxy_args"),
+    "Proxy": ("proxy_host", "proxy_port", "admin_ports", "proxy_args"),
     "Run": (
         "run_dir", "restart", "hung_after_s", "restart_hung", "keep", "ready_timeout_s", "drain_timeout_s",
         "stop_timeout_s",

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..inspect import doctor as diagnosing
 from ..inspect import logs as log_files
 from ..inspect import runs
-from . import operate, show
+from . import operate, show, show_trace
 from .output import out, say
 
 RunDir = Annotated[
@@ -91,6 +91,22 @@ def logs(  # noqa: PLR0913, PLR0917  its flags
     shown = show.Shown(tail, log_files.moment(since) if since is not None else None, pattern)
     later = (lambda: first) if names else (lambda: log_files.files_of(folder))
     asyncio.run(show.logs(out, first, later if follow else None, shown))
+
+
+def trace(
+    request_id: Annotated[str, typer.Argument(metavar="REQUEST_ID", help="As in x-request-id and the proxy's log.")],
+    run_dir: RunDir = None,
+    as_json: AsJson = False,  # noqa: FBT002
+) -> None:
+    """One request by stages: nodes, attempts, times, what went wrong, and its log lines. Exit code 1 when unknown."""
+    from ..inspect import trace as tracing  # noqa: PLC0415  it brings the HTTP client
+
+    found = tracing.of(runs.choose(run_dir), request_id)
+    if as_json:
+        sys.stdout.write(json.dumps(tracing.as_data(found), indent=1) + "\n")
+    else:
+        show_trace.show(out, found)
+    raise typer.Exit(0 if found.requests or found.lines else 1)
 
 
 def doctor(

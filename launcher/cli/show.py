@@ -52,7 +52,7 @@ def plan(console: Console, made: Plan, *, verbose: bool) -> None:
     """In a few lines; with `verbose` every child with its environment and command."""
     counts = ((role, len(made.of_kind(role))) for role in NodeRole)
     nodes = ", ".join(f"{number} {role}" for role, number in counts if number)
-    _line(console, f"{', '.join(made.served_names)} on {made.proxy_url}")
+    _line(console, f"{', '.join(made.served_names)} on {made.proxy_url}, page on {made.admin_url}")
     _line(
         console,
         f"{nodes}: {made.engine} on {made.device}",
@@ -180,16 +180,32 @@ def _status(found: "Status", *, verbose: bool) -> Group:
         (found.health, colour),
         f"  {found.model} on {found.proxy_url}  {found.phase}{elsewhere}, {_age(found.age_s)}\n",
         f"{found.run_dir}\n",
+        f"page {found.admin_url}\n" if found.admin_url and found.phase == "ready" else "",
         _proof_in_words(found),
+        _lately(found.proxy),
     )  # fmt: skip
-    table = _table("name", "state", "age", "api", "requests", "KV use", "KV moves")
+    table = _table("name", "state", "age", "requests", "KV use", "held", "tokens/s", "KV moves")
     for child in found.children:
         table.add_row(
-            child.name, child.state, _age(child.age_s), (child.url or "").removeprefix("http://"), _requests(child),
-            "" if child.kv_usage is None else f"{child.kv_usage:.1%}", child.kv or "",
+            child.name, child.state, _age(child.age_s), _requests(child),
+            "" if child.kv_usage is None else f"{child.kv_usage:.1%}", "" if child.held is None else str(child.held),
+            "" if child.tokens_a_second is None else f"{child.tokens_a_second:.0f}", child.kv or "",
         )  # fmt: skip
     lines: list[RenderableType] = [Text(line) for child in found.children for line in _told_of(child, verbose=verbose)]
+    lines += [Text(f"{one.prefill} → {one.decode}: {one.a_second:g} hand-offs/s") for one in found.pairs]
     return Group(head, table, *lines)
+
+
+def _lately(proxy: Mapping[str, float | None]) -> str:
+    """The proxy's figures; nothing when it does not tell them."""
+    if not proxy:
+        return ""
+    waits = {name: proxy.get(f"ttft_{name}_s") for name in ("p50", "p99")}
+    ttft = ", ".join(f"{wait_s * 1000:.0f} ms {name}" for name, wait_s in waits.items() if wait_s is not None)
+    return (
+        f"{proxy['in_flight']:g} in flight, {proxy['queued']:g} queued; last minute: {proxy['requests_a_second']:g} "
+        f"requests/s, {proxy['failed']:g} failed{f', TTFT {ttft}' if ttft else ''}\n"
+    )
 
 
 def _proof_in_words(found: "Status") -> str:
@@ -209,11 +225,13 @@ def _requests(child: "ChildStatus") -> str:
 def _told_of(child: "ChildStatus", *, verbose: bool) -> Iterable[str]:
     if child.problem:
         yield f"{child.name}: {child.problem}"
+    if child.error:
+        yield f"{child.name}: last error: {child.error}"
     if child.restarts:
         last = f", last: {child.deaths[-1].how}" if child.deaths else ""
         yield f"{child.name}: started again {child.restarts} times{last}"
     if verbose:
-        yield f"{child.name}: pid {child.pid or '-'}  {', '.join(child.ports)}  log {child.log}"
+        yield f"{child.name}: pid {child.pid or '-'}  {child.url or ''}  {', '.join(child.ports)}  log {child.log}"
         for death in child.deaths:
             at = datetime.fromtimestamp(death.at).astimezone().strftime("%m-%d %H:%M:%S")
             yield f"{child.name}: ended {at}, {death.how}"

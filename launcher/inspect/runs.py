@@ -91,6 +91,7 @@ class RunState(BaseModel):
     connector: str
     model: str
     proxy_url: str
+    admin_url: str = ""
     temporary: Path
     control: Path
     began: float

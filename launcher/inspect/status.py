@@ -45,6 +45,22 @@ class ChildStatus(BaseModel):
     running: float | None = None
     waiting: float | None = None
     kv_usage: float | None = None
+    held: int | None = None
+    """Hand-offs whose KV it keeps for a decode node."""
+    tokens_a_second: float | None = None
+    """Prompt tokens a prefill node computes, or tokens the others generate."""
+    error: str | None = None
+    """The last failure of a request there."""
+
+
+class Pair(BaseModel):
+    """Hand-offs between two nodes in the last minute."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prefill: str
+    decode: str
+    a_second: float
 
 
 class Status(BaseModel):
@@ -58,6 +74,7 @@ class Status(BaseModel):
     """ok, degraded or unavailable; down when the proxy does not answer."""
     host: str
     proxy_url: str
+    admin_url: str
     model: str
     engine: str
     connector: str
@@ -65,6 +82,9 @@ class Status(BaseModel):
     launcher: int
     age_s: float
     children: tuple[ChildStatus, ...]
+    proxy: dict[str, float | None] = {}
+    """Its figures of the last minute, as the page shows them."""
+    pairs: tuple[Pair, ...] = ()
 
 
 def sessions_of(processes: Iterable[psutil.Process]) -> set[int]:
@@ -84,15 +104,15 @@ async def of(run: RunFolder) -> Status:
     alive = phase in ("starting", "ready", "stopping")
     left = sessions_of(left_behind(state)) if phase == "killed" else set()
     async with httpx.AsyncClient(trust_env=False, timeout=_TIMEOUT_S) as client:
-        health = await _health(client, state) if alive else {}
-        asked = (_child(client, child, health, alive=alive, left=child.pid in left) for child in state.children)
+        health, view = await asyncio.gather(_health(client, state), _view(client, state)) if alive else ({}, {})
+        asked = (_child(client, child, health, view, alive=alive, left=child.pid in left) for child in state.children)
         children = await asyncio.gather(*asked)
     return Status(
         run_dir=str(run.path), phase=phase, health=health.get("status", "down"), host=state.host,
-        proxy_url=state.proxy_url, model=state.model, engine=state.engine, connector=state.connector,
-        proven=state.proven, launcher=state.launcher,
+        proxy_url=state.proxy_url, admin_url=state.admin_url, model=state.model,
+        engine=state.engine, connector=state.connector, proven=state.proven, launcher=state.launcher,
         age_s=round(time.time() - state.began),  # noqa: TID251  of a record that another process wrote
-        children=tuple(children),
+        children=tuple(children), proxy=view.get("proxy", {}), pairs=tuple(view.get("pairs", ())),
     )  # fmt: skip
 
 
@@ -103,8 +123,30 @@ async def _health(client: httpx.AsyncClient, state: RunState) -> dict[str, Any]:
     return {}
 
 
-async def _child(
-    client: httpx.AsyncClient, child: ChildState, health: dict[str, Any], *, alive: bool, left: bool
+async def _view(client: httpx.AsyncClient, state: RunState) -> dict[str, Any]:
+    """What the page shows."""
+    with suppress(httpx.HTTPError, ValueError):
+        answer = await client.get(f"{state.admin_url}/state", headers=admin_headers())
+        if answer.status_code == 200:
+            found: dict[str, Any] = answer.json()
+            return found
+    return {}
+
+
+def admin_headers() -> dict[str, str]:
+    """For a proxy whose admin listener has a key, which is in the environment here, too."""
+    key = os.environ.get("PD_PROXY_ADMIN_KEY")
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
+async def _child(  # noqa: PLR0913  what is known of it, and from whom
+    client: httpx.AsyncClient,
+    child: ChildState,
+    health: dict[str, Any],
+    view: dict[str, Any],
+    *,
+    alive: bool,
+    left: bool,
 ) -> ChildStatus:
     seen: dict[str, Any] = next((entry for entry in health.get("nodes", []) if entry["name"] == child.name), {})
     state = child.state if alive else "left behind" if left else "ended"
@@ -114,6 +156,8 @@ async def _child(
         "log": str(child.log),
     }
     found |= {key: seen.get(key) for key in ("usable", "problem", "in_flight", "kv")}
+    told: dict[str, Any] = next((entry for entry in view.get("nodes", []) if entry["name"] == child.name), {})
+    found |= {key: told.get(key) for key in ("held", "tokens_a_second")} | {"error": told.get("error") or None}
     if alive and child.url:
         with suppress(httpx.HTTPError, ValueError):
             gauges = metrics.gauges((await client.get(f"{child.url}/metrics")).text)

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -26,6 +27,7 @@ _NO_FIELDS = frozenset({"PD_LAUNCH_ID", "PD_LAUNCH_NODE"})
 _OF_THE_PROXY = {
     "--host": "is set by pd-launch itself; use --proxy-host",
     "--port": "is set by pd-launch itself; use --proxy-port",
+    "--admin-port": "is set by pd-launch itself; use --admin-ports",
     "--topology": "is set by pd-launch itself: the nodes are those it starts",
     "--prefill": "does not go with pd-launch, whose nodes are those it starts",
     "--decode": "does not go with pd-launch, whose nodes are those it starts",
@@ -248,6 +250,10 @@ class LaunchConfig(BaseModel):
 
     proxy_host: str = Field("127.0.0.1", description="Address the proxy listens on.")
     proxy_port: int = Field(8000, ge=1, le=65535, description="Port the proxy listens on.")
+    admin_ports: Ports = Field(
+        PortRange(first=8010, last=8019),
+        description="One for the proxy's page and admin listener, which is this machine's alone.",
+    )
     proxy_args: Words = Field((), description="Further flag for the proxy (`pd-proxy --help`); repeat for more.")
 
     run_dir: Path | None = Field(None, description="Where logs go. [default: a new folder in the user's state folder]")
@@ -363,6 +369,11 @@ class LaunchConfig(BaseModel):
         own = [match[2] for match, _ in matches if match and match[1] == node]
         words = own or [word for match, word in matches if match is None]
         return tuple(name for word in words for name in word.split(","))
+
+    def of_the_proxy(self, flag: str, default: str) -> str:
+        """What a flag among the proxy's has."""
+        given = dict(pairwise(self.proxy_args)) | dict(arg.split("=", 1) for arg in self.proxy_args if "=" in arg)
+        return given.get(flag, default)
 
     def devices_of(self, role: NodeRole) -> tuple[str, ...]:
         """Those that only nodes of this role get."""

@@ -1,7 +1,7 @@
 """Everything that will be started, as values: complete, so that nobody has to parse a command line of ours."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -85,6 +85,8 @@ class Plan(Frozen):
     nodes: tuple[NodeProcess, ...]
     proxy: Process
     proxy_url: str
+    admin_url: str
+    """Of the proxy's page."""
     files: dict[str, str]
     """Configuration files written into the run directory, by name."""
     passed_over: tuple[str, ...] = ()
@@ -121,11 +123,17 @@ class Plan(Frozen):
         """Those that are there for just this."""
         return tuple(node for node in self.nodes if node.role is role)
 
-    def topology(self, draining: Collection[str] = ()) -> topology.Topology:
-        """The nodes, as the proxy is told of them; those `draining` get no new requests."""
+    def topology(self, draining: Collection[str] = (), findings: Mapping[str, str] | None = None) -> topology.Topology:
+        """The nodes, as the proxy is told of them; those `draining` get no new requests. `findings`: why some ended."""
         nodes = (
             topology.Node(
-                name=node.name, role=node.role, url=node.url, bootstrap=node.bootstrap, drain=node.name in draining
+                name=node.name,
+                role=node.role,
+                url=node.url,
+                bootstrap=node.bootstrap,
+                drain=node.name in draining,
+                log=node.log,
+                finding=(findings or {}).get(node.name, ""),
             )
             for node in self.nodes
         )

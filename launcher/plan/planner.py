@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from itertools import chain, count, pairwise
+from itertools import chain, count
 from pathlib import Path
 
 from engines.base import NodeRole
@@ -19,6 +19,7 @@ from .seats import (
     Port,
     Room,
     Seat,
+    admin_host,
     check_ranges,
     has_store,
     seat_for,
@@ -56,6 +57,7 @@ def make_plan(config: LaunchConfig, facts: HostFacts, seats: Sequence[Seat] = ()
     chosen = tuple(seats) or tuple(seats_of(config, facts, room))
     nodes = tuple(_node(config, facts, seat, run_dir, temporary) for seat in chosen)
     store = room.take("store_ports", 2) if has_store(config) else 0
+    admin = room.take("admin_ports")
     protocol, why = _protocol(config, facts)
     return Plan(
         engine=config.engine,
@@ -72,8 +74,9 @@ def make_plan(config: LaunchConfig, facts: HostFacts, seats: Sequence[Seat] = ()
         run_dir=run_dir,
         temporary=temporary,
         nodes=nodes,
-        proxy=_proxy(config, facts, run_dir),
+        proxy=_proxy(config, facts, run_dir, admin),
         proxy_url=_url(_address(facts, config.proxy_host), config.proxy_port),
+        admin_url=_url(admin_host(config), admin),
         passed_over=tuple(room.passed_over),
     )
 
@@ -202,10 +205,10 @@ def _engine_python(config: LaunchConfig, facts: HostFacts) -> str:
     return str(config.engine_python.expanduser().absolute()) if config.engine_python else facts.engine.python
 
 
-def _proxy(config: LaunchConfig, facts: HostFacts, run_dir: Path) -> Process:
+def _proxy(config: LaunchConfig, facts: HostFacts, run_dir: Path, admin: int) -> Process:
     host = _address(facts, config.proxy_host)
     words = (facts.our_python, "-P", "-m", "proxy.cli", "--topology", str(run_dir / "topology.json"))
-    listening = ("--host", host, "--port", str(config.proxy_port))
+    listening = ("--host", host, "--port", str(config.proxy_port), "--admin-port", str(admin))
     waiting = ("--decode-start-timeout-s", f"{config.transfer_timeout_s * _WAITS_FOR_KV:g}")
     return Process(
         name="proxy",
@@ -213,7 +216,10 @@ def _proxy(config: LaunchConfig, facts: HostFacts, run_dir: Path) -> Process:
         command=(*words, *listening, *waiting, *(["--any-version"] * config.any_version), *config.proxy_args),
         environment={"PYTHONUNBUFFERED": "1"},
         inherited=_ours(facts, *_OF_THE_PROXY),
-        ports=(Port(purpose="proxy", first=config.proxy_port, last=config.proxy_port, bind=host),),
+        ports=(
+            Port(purpose="proxy", first=config.proxy_port, last=config.proxy_port, bind=host),
+            Port(purpose="admin", first=admin, last=admin, bind=admin_host(config)),
+        ),
         log=run_dir / "proxy.log",
         stops_within_s=_proxy_stops_within_s(config),
     )
@@ -221,9 +227,8 @@ def _proxy(config: LaunchConfig, facts: HostFacts, run_dir: Path) -> Process:
 
 def _proxy_stops_within_s(config: LaunchConfig) -> float:
     """Its delay and its grace time, which are flags of its own, and a moment to end what is left by then."""
-    given = dict(pairwise(config.proxy_args))
-    given |= dict(arg.split("=", 1) for arg in config.proxy_args if "=" in arg)
-    delay, grace = given.get("--shutdown-delay-s", "0"), given.get("--shutdown-grace-s", f"{_PROXY_GRACE_S}")
+    delay = config.of_the_proxy("--shutdown-delay-s", "0")
+    grace = config.of_the_proxy("--shutdown-grace-s", f"{_PROXY_GRACE_S}")
     try:
         return float(delay) + float(grace) + _PROXY_ENDS_S
     except ValueError:  # the proxy refuses it in its own words

@@ -20,7 +20,7 @@ _STORE_CLIENT_PORTS = 32
 _SPARE_PORTS = 2
 """What draws ports at random needs a few more than it takes, or it may draw in vain."""
 ANY = "0.0.0.0"  # noqa: S104  bound by engines whatever they are told
-Purpose = Literal["api", "bootstrap", "transfer", "store", "store client", "proxy"]
+Purpose = Literal["api", "bootstrap", "transfer", "store", "store client", "proxy", "admin"]
 
 
 class Port(Frozen):
@@ -145,7 +145,11 @@ def store_client_ports_drawn(workers: int) -> int:
 def ranges_of(config: LaunchConfig, addresses: Mapping[str, str]) -> tuple[Port, ...]:
     """All ports that a plan may have, with the addresses that would be bound; those of names are given."""
     host = addresses.get(config.host) or config.host
-    found = [_port("api", config.http_ports, host), _port("bootstrap", config.bootstrap_ports, ANY)]
+    found = [
+        _port("api", config.http_ports, host),
+        _port("bootstrap", config.bootstrap_ports, ANY),
+        _port("admin", config.admin_ports, admin_host(config)),
+    ]
     if transfer_ports_drawn(config, 1):
         found.append(_port("transfer", config.transfer_ports, ANY))
     if has_store(config):
@@ -161,6 +165,11 @@ def _port(purpose: Purpose, ports: PortRange, bind: str) -> Port:
     return Port(purpose=purpose, first=ports.first, last=ports.last, bind=bind)
 
 
+def admin_host(config: LaunchConfig) -> str:
+    """What the proxy's admin listener binds."""
+    return config.of_the_proxy("--admin-host", "127.0.0.1")
+
+
 def has_store(config: LaunchConfig) -> bool:
     """The simulator needs none: it computes what a store does not give it."""
     return CONNECTORS[config.connector].needs_store and not ENGINES[config.engine].is_simulated
@@ -169,7 +178,7 @@ def has_store(config: LaunchConfig) -> bool:
 def check_ranges(config: LaunchConfig) -> None:
     """Raises ConfigError."""
     proxy = PortRange(first=config.proxy_port, last=config.proxy_port)
-    purposes = ["http_ports", "bootstrap_ports"]
+    purposes = ["http_ports", "bootstrap_ports", "admin_ports"]
     purposes += ["transfer_ports"] if transfer_ports_drawn(config, 1) else []
     purposes += ["store_ports", "store_client_ports"] if has_store(config) else []
     ranges = {name: getattr(config, name) for name in purposes}

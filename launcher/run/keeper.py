@@ -88,7 +88,7 @@ class Keeper:
                 return
             name = life.spec.name
             self._events.say(f"{error}\n{error.hint}\nStarting {name} again in {pause_s:g} s.", "error", name)
-            self._explain(name)
+            self._explain(life, error)
             await life.clear_away(self._fleet.config.stop_timeout_s)
             life.hold_ports()
             life.state = "restarting"
@@ -168,18 +168,22 @@ class Keeper:
         if not isinstance(life.spec, NodeProcess) or not can_hand_over:
             raise await explained(LauncherError(told, error.hint), self._fleet.lives.values())
         self._events.say(f"{told}\n{error.hint}\nGoing on without it.", "error", life.spec.name)
-        self._explain(life.spec.name)
+        self._explain(life, error)
 
-    def _explain(self, name: str) -> None:
+    def _explain(self, life: Life, error: LauncherError) -> None:
         """What the logs say of it, when it is known: logs are long, and the restart does not wait for it."""
-        task = asyncio.create_task(self._explained(name))
+        life.finding = f"{time.strftime('%H:%M:%S')} {str(error).splitlines()[0]}"
+        self._nodes_changed()
+        task = asyncio.create_task(self._explained(life))
         self._explaining.add(task)
         task.add_done_callback(self._explaining.discard)
 
-    async def _explained(self, name: str) -> None:
-        words = await cause(tuple(self._fleet.lives.values()))
+    async def _explained(self, life: Life) -> None:
+        name, words = life.spec.name, await cause(tuple(self._fleet.lives.values()))
         if words:
             self._events.say(f"{name}: what the logs say of it\n{words}", node=name)
+            life.finding = f"{life.finding}\n{words}"
+            self._nodes_changed()
 
 
 async def _gauges(client: httpx.AsyncClient, life: Life) -> Gauges | None:

@@ -28,6 +28,8 @@ class Life:
     log_begins: int = 0
     """Where in its log this life begins."""
     deaths: list[Death] = field(default_factory=list)
+    finding: str = ""
+    """Why it ended when it last did, and what the logs say of it."""
     _shared_memory: set[Path] = field(default_factory=set)
     _hold: Hold | None = None
 

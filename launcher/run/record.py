@@ -1,7 +1,10 @@
 """What a run writes down for others: its state for the commands, its topology for the proxy, its lock file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
+
+from engines.topology import Topology
 
 from .. import private
 from ..inspect.runs import RunFolder, RunState
@@ -19,6 +22,9 @@ class Record:
         self._versions = versions
         self._is_writable = True
         self._unwritten: dict[str, Callable[[], None]] = {}
+        self._told_drained: frozenset[str] = frozenset()
+        """Nodes that were, in what was last written."""
+        self._drained_by_others: frozenset[str] = frozenset()
         self.say: Callable[[str], None] = lambda _: None
 
     def state(self, state: RunState) -> None:
@@ -32,10 +38,19 @@ class Record:
         self._unwritten["lock"] = lambda: lock.write(self._folder.path)
         self._write_the_rest()
 
-    def topology(self, file: Path, text: str) -> None:
-        """Whole or not at all: the proxy may read it at any moment."""
-        self._unwritten["topology"] = lambda: private.write(file, text)
+    def topology(self, file: Path, made: Callable[[Collection[str]], Topology]) -> None:
+        """Whole or not at all: the proxy may read it at any moment. `made` from the nodes that others have drained."""
+        self._unwritten["topology"] = lambda: self._write_topology(file, made)
         self._write_the_rest()
+
+    def _write_topology(self, file: Path, made: Callable[[Collection[str]], Topology]) -> None:
+        """Somebody may have drained nodes by the proxy's admin listener, which writes the file, too: they stay so."""
+        with suppress(OSError, ValueError):  # there is none yet
+            now = _drained(Topology.model_validate_json(file.read_bytes()))
+            self._drained_by_others = (self._drained_by_others & now) | (now - self._told_drained)
+        new = made(self._drained_by_others)
+        private.write(file, new.model_dump_json(indent=2) + "\n")
+        self._told_drained = _drained(new)
 
     def _write_the_rest(self) -> None:
         for name, write in tuple(self._unwritten.items()):
@@ -57,3 +72,7 @@ class Record:
             if not was_writable:
                 self.say(f"{self._folder.path} can be written to again.")
         return self._is_writable
+
+
+def _drained(nodes: Topology) -> frozenset[str]:
+    return frozenset(node.name for node in nodes.nodes if node.drain)

@@ -197,13 +197,15 @@ class Supervisor:
         key = " -H 'Authorization: Bearer YOUR_KEY'" if self._is_keyed else ""
         self._events.say(
             f"\nReady: {url}/v1  model {', '.join(plan.served_names)}\n"
+            f"Page:  {plan.admin_url}\n"
             f"Logs:  {plan.run_dir}\n"
             f"Stop with {'Ctrl-C, or from anywhere with ' if self._has_terminal else ''}`pd-launch stop`. Try:\n"
             f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n"
             f'    -d \'{{"model": "{plan.served_model_name}", "max_tokens": 32, "stream": true, '
             '"messages": [{"role": "user", "content": "Hello"}]}\'',
             "ready",
-            url=f"{url}/v1", model=plan.served_model_name, run_dir=str(plan.run_dir), proven=self._proven,
+            url=f"{url}/v1", page=plan.admin_url, model=plan.served_model_name, run_dir=str(plan.run_dir),
+            proven=self._proven,
         )  # fmt: skip
 
     # -- watch
@@ -252,9 +254,9 @@ class Supervisor:
 
     def _nodes_changed(self) -> None:
         """For the proxy, and for whoever repeats the run."""
-        told = self._fleet.told_plan
-        topology = told.topology(self._fleet.draining)
-        self._record.topology(told.topology_file, topology.model_dump_json(indent=2) + "\n")
+        told, fleet = self._fleet.told_plan, self._fleet
+        findings = {life.spec.name: life.finding for life in tuple(fleet.lives.values())}
+        self._record.topology(told.topology_file, lambda drained: told.topology({*fleet.draining, *drained}, findings))
         self._record.lock(told)
 
     def _enter(self, phase: Phase) -> None:
@@ -268,8 +270,9 @@ class Supervisor:
         )
         state = RunState(
             id=fleet.run_id, launcher=os.getpid(), phase=self._phase, engine=plan.engine, connector=plan.connector,
-            model=plan.served_model_name, proxy_url=plan.proxy_url, temporary=plan.temporary, control=self._control,
-            machine=self._machine, host=self._host_name, stops_within_s=self._stops_within_s,
+            model=plan.served_model_name, proxy_url=plan.proxy_url, admin_url=plan.admin_url,
+            temporary=plan.temporary, control=self._control, machine=self._machine, host=self._host_name,
+            stops_within_s=self._stops_within_s,
             keyed=self._is_keyed, began=self._began, written=time.time(), proven=self._proven, children=children,  # noqa: TID251  for people, and the next launcher
         )  # fmt: skip
         self._record.state(state)

@@ -29,7 +29,7 @@ from .handoff import PinnedKV, State
 from .leg import Leg, rules_for
 from .plane import DataPlane, Only, Request
 from .presence import Presence, let_end, see_off
-from .record import Record
+from .record import REFUSED, Record, Stage, StageName
 
 
 class StreamLostError(Exception):
@@ -73,12 +73,14 @@ class Attempt:
         self._avoid = avoid
         self._only = only or Only()
         self._prompt = Prompt()
+        self._prefilling: Stage | None = None
 
     async def run(self, route: Route | None, reason: str | None) -> None:
         """Answer the client. `reason`: why one node does both phases; None for a hand-off on `route`.
 
         Raises NodeError, NoNodeError, StreamLostError; what a node refused is passed on or raised as it put it.
         """
+        self._record.attempts += 1
         self._prompt = self._look_at_prompt(is_handed_over=route is not None and reason is None)
         node = self._choose_decode()
         with node.lease(for_request=True, tokens=self._prompt.tokens) as seat:
@@ -92,8 +94,7 @@ class Attempt:
         """One node does both phases with the client's own body."""
         record, request, node = self._record, self._request, seat.node
         record.path, record.reason = "aggregated", reason
-        leg = self._leg(node)
-        began = time.perf_counter()
+        leg = self._leg(node, "aggregated")
         try:
             deadline = Deadline(self._plane.settings.whole_answer_timeout_s, "answer", is_everybodys=True)
             answer = await leg.open(request.asked.body, request.headers, deadline)
@@ -103,15 +104,19 @@ class Attempt:
                 raise NotServedError(f"{request.path} is not served here")
             if answer.status != 200 or rules is None:
                 rest = await leg.load()
+                leg.stage.end("" if answer.status == 200 else REFUSED)
                 self._presence.check()
                 self._delivery.pass_on(answer.status, answer.headers, first + rest)
                 return
-            record.first_event = time.perf_counter()
+            waited = leg.stage
+            leg.goes_on("decode")
+            record.first_event = waited.ended
             if self._plane.split.is_wanted:
                 uncached = self._prompt.tokens - self._plane.decodes.cached(node, self._prompt)
-                self._plane.split.alone.add(uncached, record.first_event - began)
+                self._plane.split.alone.add(uncached, waited.ended - waited.began)
             self._decodes(seat)
             await self._delivery.relay(leg, answer, first, route, None)
+            leg.stage.end()
         finally:
             leg.close()
 
@@ -130,7 +135,8 @@ class Attempt:
         if self._is_faster_alone(prefill, rank, seat.node):
             return "faster-alone"
         hand_off = self._plane.fleet.connector.hand_off(prefill.spec.bootstrap, rank)
-        with PinnedKV(hand_off, prefill, self._request.asked.body.get("model"), self._plane.releaser) as kv:
+        model = self._request.asked.body.get("model")
+        with PinnedKV(hand_off, prefill, model, self._plane.releaser, self._record) as kv:
             self._record.transfer_id = kv.id
             prefilled = await self._counted_prefill(prefill, rank, route, kv, dies_of_refusals=self._dies(seat.node))
             if isinstance(prefilled, str):
@@ -180,13 +186,19 @@ class Attempt:
         with node.lease(for_request=True), plane.prefills.sent(node, rank, self._prompt) as sent:
             prefilled = await self._prefill(node, rank, route, kv, dies_of_refusals=dies_of_refusals)
             sent.prefilled = None if isinstance(prefilled, str) else prefilled
-        self._note_audit(node, sent.audit)
+        self._note_cached(node, sent.prefilled, sent.audit)
         if sent.prefilled is not None and plane.split.is_wanted:
             uncached = sent.prefilled.prompt_tokens - (sent.prefilled.cached_tokens or 0)
-            plane.split.prefill.add(max(uncached, 0), max(self._record.prefill_s - backlog_s, 0.0))
+            stage = self._prefilling
+            took_s = stage.ended - stage.began if stage is not None else 0.0
+            plane.split.prefill.add(max(uncached, 0), max(took_s - backlog_s, 0.0))
         return prefilled
 
-    def _note_audit(self, node: Node, audit: Audit | None) -> None:
+    def _note_cached(self, node: Node, prefilled: Prefilled | None, audit: Audit | None) -> None:
+        stage = self._prefilling
+        if stage is not None and prefilled is not None:
+            stage.tokens, stage.cached = prefilled.prompt_tokens, prefilled.cached_tokens
+            stage.predicted = audit.predicted if audit is not None else None
         if audit is not None:
             metrics, name = self._plane.metrics, node.spec.name
             metrics.prefix_predictions.count(name, audit.outcome)
@@ -242,12 +254,13 @@ class Attempt:
         judges_all = dies_of_refusals or bool(route.events.opening_names)
         body = self._engine.prefill_leg(route, asked, kv.prefill_params, judges_all=judges_all)
         deadline = Deadline(self._plane.settings.prefill_timeout_s, "finish its prefill", is_everybodys=True)
-        leg = self._leg(node)
-        began = time.perf_counter()
+        leg = self._leg(node, "prefill")
+        kv.stage = self._prefilling = leg.stage
         try:
             with self._presence.on_leave(see_off(deadline)):
                 answer = await leg.open(body, headers, deadline, kv.sent)
                 raw = await leg.load()
+            leg.stage.end("" if answer.status == 200 else REFUSED)
         except NodeError as exc:
             if kv.state is State.SENT and _holds_nothing(exc):
                 kv.not_held()
@@ -255,7 +268,6 @@ class Attempt:
             raise
         finally:
             leg.close()
-        self._record.prefill_s = time.perf_counter() - began
         if answer.status != 200:  # a refusal of *our* body is no refusal of the client's
             kv.not_held()
             return "prefill-refused"
@@ -274,25 +286,26 @@ class Attempt:
         stream = self._streams(route)
         body = self._engine.decode_leg(route, asked, kv.decode_params, prefilled, stream=stream)
         sent = self._noting_tokens(route, body, prefilled)
-        began = time.perf_counter()
         leg, answer, deadline = await self._hand_over(seat, body, kv, is_stream=stream)
         try:
             if not stream:
-                await self._deliver_whole(leg, answer, seat, kv, prefilled, began)
+                await self._deliver_whole(leg, answer, seat, kv, prefilled)
                 return
             first = await self._first_event(leg, route, answer, kv, deadline)
             if answer.status != 200:
                 raw = first + await leg.load()
+                leg.stage.end(REFUSED)
                 self._refuse(kv, answer.status, raw)
                 self._presence.check()
                 self._delivery.pass_on(answer.status, answer.headers, raw)
                 return
-            self._took(seat, kv, prefilled, began)
+            self._took(seat, leg, kv, prefilled)
             self._presence.check()  # the engine has it, and its abort frees the KV
             if asked.body.get("stream"):
                 await self._relay(leg, answer, first, route, prefilled, sent)
             else:
                 await self._delivery.collect(leg, answer, first, route)
+            leg.stage.end()
         finally:
             leg.close()
 
@@ -309,7 +322,7 @@ class Attempt:
         settings = self._plane.settings
         while True:
             self._choose_decode_again(seat)
-            leg = self._leg(seat.node)
+            leg = self._leg(seat.node, "hand-off")
             limit_s = settings.decode_start_timeout_s if is_stream else settings.whole_answer_timeout_s
             deadline = Deadline(limit_s, "answer", is_everybodys=not is_stream)
             policy = see_off(deadline) if is_stream and not self._dies(seat.node) else let_end
@@ -322,6 +335,9 @@ class Attempt:
                 self._presence.check()
                 if exc.maybe_received or not self._has_other_decode():
                     raise
+            except BaseException:
+                leg.close()
+                raise
             else:
                 return leg, answer, deadline
 
@@ -369,14 +385,14 @@ class Attempt:
             self._presence.check()
             raise
 
-    async def _deliver_whole(  # noqa: PLR0913, PLR0917  as `_decode` has them
-        self, leg: Leg, answer: Answer, seat: Lease, kv: PinnedKV, prefilled: Prefilled, began: float
-    ) -> None:
+    async def _deliver_whole(self, leg: Leg, answer: Answer, seat: Lease, kv: PinnedKV, prefilled: Prefilled) -> None:
         with self._presence.on_leave(let_end):
             raw = await leg.load()
         if answer.status == 200:
-            self._took(seat, kv, prefilled, began)
+            self._took(seat, leg, kv, prefilled)
+            leg.stage.end()
         else:
+            leg.stage.end(REFUSED)
             self._refuse(kv, answer.status, raw)
         self._presence.check()
         self._delivery.pass_on(answer.status, answer.headers, raw)
@@ -411,16 +427,16 @@ class Attempt:
         self._engine.tell_tokens(leg_body)
         return SentTokens(hide=not asked.get("return_token_ids"), needs_text=route is CHAT)
 
-    def _took(self, seat: Lease, kv: PinnedKV, prefilled: Prefilled, began: float) -> None:
+    def _took(self, seat: Lease, leg: Leg, kv: PinnedKV, prefilled: Prefilled) -> None:
         """The decode node's first event is here."""
+        waited = leg.stage
+        leg.goes_on("decode")
         kv.taken()
         seat.node.handed_over(prefilled.prompt_tokens)
         self._decodes(seat)
-        now = time.perf_counter()
-        self._record.hand_off_s = now - began
-        self._record.first_event = now
+        self._record.first_event = waited.ended
         if self._plane.split.is_wanted:
-            self._plane.split.hand_off.add(prefilled.prompt_tokens, now - began)
+            self._plane.split.hand_off.add(prefilled.prompt_tokens, waited.ended - waited.began)
 
     def _decodes(self, seat: Lease) -> None:
         """Its node has the prompt, and what it looks like matters no more: a stream may be long."""
@@ -461,9 +477,9 @@ class Attempt:
         others = [node for node in fleet.of(Role.DECODE) if node.usable and node not in {*self._avoid, holder}]
         return any(holder is None or not fleet.pairs.is_fenced(holder, node) for node in others)
 
-    def _leg(self, node: Node) -> Leg:
+    def _leg(self, node: Node, stage: StageName) -> Leg:
         self.failing = node
-        return Leg(self._plane, node, self._request.path, self._presence, self._record, self._avoid)
+        return Leg(self._plane, node, self._request.path, self._presence, self._record, self._avoid, stage)
 
 
 def _holds_nothing(error: NodeError) -> bool:

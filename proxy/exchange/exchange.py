@@ -109,7 +109,7 @@ class Exchange:
 
     async def _continue(self, lost: StreamLostError) -> None:
         """The rest of a stream, from other nodes. Raises the lost node's error when that cannot be had."""
-        outcome = "failed"
+        outcome, stage = "failed", self._record.begin("resume", lost.lost.spec.name)
         try:
             may = self._continues < retry.MOST_CONTINUATIONS and self._plane.budget.withdraw()
             if not may or not (lost.sent.is_finished or lost.sent.can_resume):
@@ -122,6 +122,7 @@ class Exchange:
             raise lost.error from exc
         finally:
             self._plane.metrics.resumed.count(outcome)
+            stage.end("" if outcome == "done" else outcome)
 
     async def _resume(self, lost: StreamLostError) -> None:
         """Raises CannotContinueError, ClientGoneError."""

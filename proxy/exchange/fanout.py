@@ -62,7 +62,8 @@ class FanOut:
         self._request = request
         self._client = client
         self._presence = presence
-        self._record = record
+        self.record = record
+        """Of the whole request."""
         options = request.asked.body.get("stream_options") or {}
         self._merged = Merged(found, wants_usage=bool(options.get("include_usage")))
         self._is_stream = bool(request.asked.body.get("stream"))
@@ -181,24 +182,21 @@ class FanOut:
     def _with_own_headers(self, headers: Iterable[tuple[bytes, bytes]]) -> Headers:
         """Of the whole request, not of a part."""
         self._account()
-        own = {b"x-pd-path": self._record.path_header(), b"x-request-id": self._request.id.encode("latin-1")}
+        own = {b"x-pd-path": self.record.path_header(), b"x-request-id": self._request.id.encode("latin-1")}
         return [(name, own.get(name, value)) for name, value in headers]
 
     def _account(self) -> None:
         """What is told of the parts, together."""
-        record, parts = self._record, [part.record for part in self._parts]
+        record, parts = self.record, [part.record for part in self._parts]
         told = next((part for part in parts if part.path != "disaggregated"), parts[0])
         record.path, record.reason = told.path, told.reason
         record.status = next((part.status for part in parts if part.status not in (0, 200)), 200)
-        record.nodes = [node for part in parts for node in part.nodes]
         record.failures = [failure for part in parts for failure in part.failures]
         record.retries = sum(part.retries for part in parts)
         record.resumed = sum(part.resumed for part in parts)
         record.transfer_id = ",".join(part.transfer_id for part in parts if part.transfer_id) or None
         record.prompt_tokens = sum({part.share.prompt: part.record.prompt_tokens for part in self._parts}.values())
         record.output_tokens = sum(part.output_tokens for part in parts)
-        record.prefill_s = max(part.prefill_s for part in parts)
-        record.hand_off_s = max(part.hand_off_s for part in parts)
         record.first_event = max(part.first_event for part in parts)
 
 
@@ -208,7 +206,10 @@ class Part:
     def __init__(self, fan_out: FanOut, share: Share, request: Request) -> None:
         self.share = share
         self.request = request
-        self.record = Record(request.id, request.path)
+        whole = fan_out.record
+        self.record = Record(
+            request.id, request.path, stages=whole.stages, part=share_suffix(share), follower=whole.follower
+        )
         self.presence: Presence | None = None
         self.head: Head | None = None
         self.refusal: tuple[int, list[tuple[bytes, bytes]], bytes] | None = None

@@ -18,6 +18,7 @@ from typing import Self
 from engines.base import HandOff, JSONObject
 
 from ..nodes.node import Node
+from .record import Record, Stage
 from .release import Releaser
 
 
@@ -37,6 +38,8 @@ class State(StrEnum):
 
 SETTLED = frozenset({State.TAKEN, State.REFUSED, State.GIVEN_BACK, State.UNKNOWN, State.NOT_HELD})
 
+_HELD = frozenset({State.PINNED, State.OFFERED})
+"""The prefill node keeps it for a decode node."""
 _AT_THE_END = {
     State.MINTED: State.NOT_HELD,
     State.SENT: State.UNKNOWN,
@@ -49,14 +52,17 @@ _AT_THE_END = {
 class PinnedKV:
     """One hand-off of one attempt; a context manager that settles it."""
 
-    __slots__ = ("_decode_params", "_hand_off", "_holder", "_model", "_releaser", "state")
+    __slots__ = ("_decode_params", "_hand_off", "_holder", "_model", "_record", "_releaser", "stage", "state")
 
-    def __init__(self, hand_off: HandOff, holder: Node, model: object, releaser: Releaser) -> None:
+    def __init__(self, hand_off: HandOff, holder: Node, model: object, releaser: Releaser, record: Record) -> None:
         """`holder`: the prefill node."""
         self._hand_off = hand_off
         self._holder = holder
         self._model = model
         self._releaser = releaser
+        self._record = record
+        self.stage: Stage | None = None
+        """The prefill that leaves it."""
         self._decode_params: JSONObject | None = None
         self.state = State.MINTED
 
@@ -119,7 +125,12 @@ class PinnedKV:
         if not self._hand_off.pins_kv and after in (State.GIVEN_BACK, State.UNKNOWN):
             after = State.NOT_HELD
         self.state = after
+        if self.stage is not None:
+            self.stage.kv = after
+        if self._hand_off.pins_kv:
+            self._holder.held += (after in _HELD) - (before in _HELD)
         if after is State.GIVEN_BACK and self._decode_params is not None:
-            self._releaser.release(self._holder, self._model, self._decode_params)
+            stage = self._record.begin("release", self._holder.spec.name)
+            self._releaser.release(self._holder, self._model, self._decode_params, stage)
         if after in SETTLED:
             self._releaser.settled(after)

@@ -22,7 +22,7 @@ from ..upstream.client import Answer, Headers
 from ..upstream.deadline import Deadline
 from .plane import DataPlane
 from .presence import Presence
-from .record import Record
+from .record import CUT_SHORT, Record, StageName
 from .retry import is_node_failure
 
 
@@ -33,12 +33,21 @@ def _nothing() -> None:
 class Leg:
     """A request to `node` on `path`. All its methods raise NodeError, once noted at the node and in the record."""
 
-    __slots__ = ("_answer", "_path", "_plane", "_presence", "_record", "avoid", "node")
+    __slots__ = ("_answer", "_path", "_plane", "_presence", "_record", "avoid", "node", "stage")
 
     def __init__(  # noqa: PLR0913, PLR0917  what an attempt has
-        self, plane: DataPlane, node: Node, path: str, presence: Presence, record: Record, avoid: set[Node]
+        self,
+        plane: DataPlane,
+        node: Node,
+        path: str,
+        presence: Presence,
+        record: Record,
+        avoid: set[Node],
+        stage: StageName,
     ) -> None:
-        """`avoid`: where a node that fails is put, so that this request does not go there again."""
+        """`avoid`: where a node that fails is put, so that this request does not go there again. `stage`: what of the
+        request begins with it, now.
+        """
         self._plane = plane
         self._path = path
         self._presence = presence
@@ -46,6 +55,12 @@ class Leg:
         self._answer: Answer | None = None
         self.avoid = avoid
         self.node = node
+        self.stage = record.begin(stage, node.spec.name)
+
+    def goes_on(self, stage: StageName) -> None:
+        """The stage is over, and this one begins."""
+        self.stage.end()
+        self.stage = self._record.begin(stage, self.node.spec.name)
 
     async def open(
         self, body: JSONObject, headers: Headers, deadline: Deadline, on_sent: Callable[[], None] = _nothing
@@ -58,7 +73,9 @@ class Leg:
             raw = orjson.dumps(body)
         except TypeError as exc:  # what can be read may be nested deeper than what can be written
             raise BadRequestError("the request body is nested too deeply") from exc
-        self._record.nodes.append(self.node.spec.name)
+        follower = self._record.follower
+        if follower is not None:
+            headers = [*headers, *follower.headers(self.stage)]
         self._plane.metrics.node_requests.count(self.node.spec.name)
         try:
             answer = self._answer = await self._plane.clients.of(self.node).request(
@@ -109,6 +126,7 @@ class Leg:
         """
         if self._presence.gone is not None and error.reason == "late":
             return
+        self.stage.end(error.reason)
         self._record.failed(self.node.spec.name, error)
         self.avoid.add(self.node)
         self._plane.metrics.node_errors.count(self.node.spec.name, error.reason)
@@ -116,6 +134,7 @@ class Leg:
 
     def close(self) -> None:
         """Give up what is not read; that tells the node to stop."""
+        self.stage.end(CUT_SHORT)
         if self._answer is not None:
             self._answer.close()
 

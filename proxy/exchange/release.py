@@ -24,6 +24,7 @@ from ..routing.policy import choose
 from ..upstream.client import Headers
 from ..upstream.deadline import Deadline
 from .background import Background
+from .record import Stage
 
 logger = logging.getLogger("pd_proxy.release")
 
@@ -48,19 +49,22 @@ class Releaser:
         if outcome != "not-held":
             self._metrics.hand_offs.count(outcome)
 
-    def release(self, holder: Node, model: object, transfer_params: JSONObject) -> None:
-        """Give back, soon, what a decode leg with these parameters would have fetched from `holder`."""
+    def release(self, holder: Node, model: object, transfer_params: JSONObject, stage: Stage) -> None:
+        """Give back, soon, what a decode leg with these parameters would have fetched from `holder`. `stage` ends with
+        it, most often after its request.
+        """
         if self._background.is_full:
             self._metrics.releases.count("skipped")
+            stage.end("skipped")
         else:
             body = self._fleet.engine.release_leg(model, transfer_params)
-            self._background.start(self._send(holder, orjson.dumps(body)), "release of a hand-off")
+            self._background.start(self._send(holder, orjson.dumps(body), stage), "release of a hand-off")
 
     async def close(self, within_s: float) -> None:
         """Let what is due be sent, for at most so long."""
         await self._background.close(within_s)
 
-    async def _send(self, holder: Node, body: bytes) -> None:
+    async def _send(self, holder: Node, body: bytes, stage: Stage) -> None:
         """A node that has just failed is often the only one: a few tries, well within the transfer timeout."""
         outcome = "failed"
         self._metrics.releases_pending += 1
@@ -69,6 +73,7 @@ class Releaser:
         finally:
             self._metrics.releases_pending -= 1
             self._metrics.releases.count(outcome)
+            stage.end("" if outcome == "done" else outcome)
 
     async def _tried(self, holder: Node, body: bytes) -> str:
         """The outcome: done, unknown (it may have been received), unsupported, failed."""

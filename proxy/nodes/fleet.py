@@ -300,4 +300,5 @@ def _difference(served: Served, expected: Served) -> str | None:
 
 
 def _identity(spec: topology.Node) -> topology.Node:
-    return spec.model_copy(update={"drain": False})
+    """Where and what it is; all else may change while it stays."""
+    return spec.model_copy(update={"drain": False, "log": None, "finding": ""})

@@ -27,6 +27,7 @@ class Share:
     handed_tokens: int = 0
     live_tokens: int = 0
     streams: int = 0
+    held: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -53,6 +54,8 @@ class Node:
     gauges: Gauges = field(default_factory=Gauges)
     """Its own figures, as of the last probe."""
     in_flight: int = 0
+    held: int = 0
+    """Hand-offs whose KV it keeps for a decode node."""
     hand_offs: int = 0
     handed_tokens: int = 0
     """Hand-offs this decode node took, and their prompts' tokens."""
@@ -86,6 +89,11 @@ class Node:
     def load(self) -> int:
         """Requests on it, from all workers."""
         return self.in_flight + self.elsewhere.in_flight
+
+    @property
+    def all_held(self) -> int:
+        """Hand-offs whose KV it keeps, of all workers."""
+        return self.held + self.elsewhere.held
 
     def live_tokens(self, now: float) -> float:
         """Of running requests, prompts and answers so far, from all workers."""

@@ -1,4 +1,6 @@
-"""Nodes added, drained and removed at run time: its own listener, its own key.
+"""Nodes added, drained and removed at run time, and the page: its own listener, its own key.
+
+Without a key only this machine reaches it, and of what a browser sends only the page's own is heard.
 
 What it changes is the topology file, by rename, which every worker process follows; so there is one way for nodes to
 come and go, whoever decides it.
@@ -18,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from uvicorn.config import Config
@@ -35,8 +37,10 @@ from ..downstream.service import ConnectionLimits, Handler, Service
 from ..nodes import topology
 from ..nodes.topology import TopologyError
 from ..settings import ProxySettings
-from .guard import guarded
+from .guard import from_here, guarded
 from .keys import KeyRing
+from .page.routes import OPEN_PATHS, add_routes
+from .view import View
 
 logger = logging.getLogger("pd_proxy.admin")
 _TRY_TO_LISTEN_EVERY_S = 1.0
@@ -50,14 +54,19 @@ class RefusedError(Exception):
         self.status = status
 
 
-def make_admin_handler(file: Path, key: str) -> Handler:
-    """Answers the admin routes; every one needs the key."""
+def make_admin_handler(file: Path, key: str | None, view: View) -> Handler:
+    """Answers the admin routes; every one needs the key, if there is one, but the page, which asks for it."""
     app = FastAPI(title="pd-proxy admin", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 
     @app.exception_handler(RefusedError)
     async def refused(_: Request, error: RefusedError) -> Response:
         kind = "NotFoundError" if error.status == 404 else "BadRequestError"
         return JSONResponse(error_body(str(error), kind, error.status), error.status)
+
+    @app.exception_handler(HTTPException)
+    async def failed(_: Request, error: HTTPException) -> Response:
+        kind = "NotFoundError" if error.status_code == 404 else "BadRequestError"
+        return JSONResponse(error_body(str(error.detail), kind, error.status_code), error.status_code)
 
     @app.get("/nodes")
     async def nodes() -> JSONObject:
@@ -74,6 +83,8 @@ def make_admin_handler(file: Path, key: str) -> Handler:
             raise RefusedError(_first_of(exc), 400) from exc
         if node.name != name:
             raise RefusedError(f"the node's name is {node.name!r} in the body and {name!r} in the path", 400)
+        if node.log is not None:
+            raise RefusedError("which file is a node's log is said in the topology file only", 400)
         for url in filter(None, (node.url, node.bootstrap)):
             await _check_address(url)
         return _change(file, lambda known: {**known, name: node})
@@ -90,7 +101,10 @@ def make_admin_handler(file: Path, key: str) -> Handler:
     async def undrain(name: str) -> JSONObject:
         return _change(file, lambda known: {**known, name: known[name].model_copy(update={"drain": False})}, name)
 
-    return guarded(_audited(ASGIHandler(app)), KeyRing([key], None), open_paths=frozenset())
+    add_routes(app, view)
+    if key is None:
+        return from_here(_audited(ASGIHandler(app)))
+    return guarded(_audited(ASGIHandler(app)), KeyRing([key], None), OPEN_PATHS)
 
 
 def _audited(handler: ASGIHandler) -> Handler:
@@ -105,12 +119,12 @@ def _audited(handler: ASGIHandler) -> Handler:
     return audited
 
 
-async def serve(settings: ProxySettings) -> None:
+async def serve(settings: ProxySettings, view: View) -> None:
     """Listen until cancelled. Of several workers one has the port; when it dies, another takes it."""
-    host, port, file, key = settings.admin_host, settings.admin_port, settings.topology_file, settings.admin_key
-    assert port is not None and file is not None and key is not None  # noqa: PT018, S101  asked by whoever calls
+    host, port, file = settings.admin_host, settings.admin_port, settings.topology_file
+    assert port is not None and file is not None  # noqa: PT018, S101  asked by whoever calls
     config = Config("", log_config=None, access_log=False, server_header=False)
-    service = Service({}, make_admin_handler(file, key), ConnectionLimits())
+    service = Service({}, make_admin_handler(file, settings.admin_key, view), ConnectionLimits())
     state = ServerState()
     loop = asyncio.get_running_loop()
     is_told = False
@@ -128,6 +142,7 @@ async def serve(settings: ProxySettings) -> None:
         logger.info("admin listens on http://%s:%d", host, port)
         async with server, asyncio.TaskGroup() as group:
             group.create_task(service.watch())
+            group.create_task(view.run())
             group.create_task(server.serve_forever())
 
 

@@ -35,11 +35,14 @@ from ..upstream.client import Headers
 from . import admin, tls
 from .admission import Admission
 from .board import Board
+from .condition import Condition
 from .endpoint import Endpoint
 from .keys import KeyRing
+from .recent import Recent
 from .sharing import Sharing
 from .shutdown import Shutdown
 from .supervision import Supervisor
+from .view import View
 
 logger = logging.getLogger("pd_proxy.nodes")
 
@@ -84,7 +87,12 @@ class Components:
             decodes,
             Split(settings.split == "when-faster"),
         )
-        self.endpoint = Endpoint(self.plane, self.keys, self.admission, self.receiver, self.memory, node_headers)
+        self.shutdown = Shutdown(settings)
+        self.condition = Condition(settings, self.fleet, self.watch, self.supervisor, self.shutdown)
+        self.recent = Recent(board.ended) if settings.admin_port else None
+        self.endpoint = Endpoint(
+            self.plane, self.keys, self.admission, self.receiver, self.memory, node_headers, self.recent
+        )
         self.prober = Prober(settings, self.fleet, self.watch, node_headers, self.pauses, self._after_a_probe)
         self.sharing = Sharing(board, self.metrics, self.fleet, self.watch, self._update_gauges, self.admission.let_in)
         self.canary = Canary(self.plane, node_headers, self._is_closing, self.sharing.publish)
@@ -92,7 +100,6 @@ class Components:
             self.fleet, self.plane.prefills.backlog_s, settings.ttft_target_s, settings.tpot_target_s
         )
         self.service: Service | None = None
-        self.shutdown = Shutdown(settings)
 
     def serve(self, service: Service) -> None:
         """Its connections are watched, and told when the process ends."""
@@ -133,8 +140,9 @@ class Components:
             add("keys", self.keys.follow)
         if settings.tls_certificate and settings.tls_key:
             add("certificate", partial(tls.follow, settings.tls_certificate, settings.tls_key))
-        if settings.admin_port and settings.topology_file and settings.admin_key:
-            add("admin", partial(admin.serve, settings))
+        if settings.admin_port and settings.topology_file and self.recent is not None:
+            view = View(self.plane, self.watch, self.condition, self.board, self.recent)
+            add("admin", partial(admin.serve, settings, view))
 
     def _is_closing(self) -> bool:
         return self.service is not None and self.service.is_closing

@@ -46,18 +46,21 @@ class Board:
         self._memory: mmap.mmap | None = None
         self.journal: Journal | None = None
         """What is told at once; None with a single process."""
+        self.ended: Journal | None = None
+        """The requests that have ended, likewise."""
         self.inherited: dict[str, Any] | None = None
         """What the row's last owner, a worker that died, had written: its counts go on, or they would fall."""
         if file is not None:
             self._file = file.open("r+b")  # open as long as we live: the lock on our row goes with it
             size = os.fstat(self._file.fileno()).st_size
-            self._rows = (size - 2 * _FINDINGS_BYTES) // (_ROW_BYTES + RING_BYTES)
+            self._rows = (size - 2 * _FINDINGS_BYTES) // (_ROW_BYTES + 2 * RING_BYTES)
             self._memory = mmap.mmap(self._file.fileno(), size)
             self._row = self._free_row()
             self.read()
             self._written, _, self.inherited = self._read.pop(self._row, (0, 0.0, None))
             rings = self._rows * _ROW_BYTES + 2 * _FINDINGS_BYTES
             self.journal = Journal(self._memory, rings, self._rows, self._row)
+            self.ended = Journal(self._memory, rings + self._rows * RING_BYTES, self._rows, self._row)
 
     def others(self, *, alive: bool = True) -> list[dict[str, Any]]:
         """The rows of the other workers as of the last read; those of dead ones too unless they must be `alive`."""
@@ -152,6 +155,6 @@ def make_file(rows: int) -> Path:
     """An empty board of so many rows, in shared memory where there is some."""
     folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108  shared memory is what it is for
     handle, name = tempfile.mkstemp(prefix="pd-proxy-board-", dir=folder)
-    os.truncate(handle, rows * (_ROW_BYTES + RING_BYTES) + 2 * _FINDINGS_BYTES)
+    os.truncate(handle, rows * (_ROW_BYTES + 2 * RING_BYTES) + 2 * _FINDINGS_BYTES)
     os.close(handle)
     return Path(name)

@@ -35,15 +35,18 @@ from ..exchange.memory import MemoryBudget, Reservation
 from ..exchange.plane import DataPlane, Request
 from ..exchange.presence import Presence
 from ..exchange.receive import Receiver
-from ..exchange.record import Record
+from ..exchange.record import CUT_SHORT, Record
 from ..upstream.client import Headers
 from . import logs
 from .admission import Admission
 from .guard import MESSAGE, keys_in
 from .keys import KeyRing
+from .recent import Recent
 
 logger = logging.getLogger("pd_proxy")
 
+_LONGEST_NAME = 128
+"""Of a model, as records tell it."""
 _LOWEST_PRIORITY = 1000
 _SAFE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _PASSED_TO_NODES = frozenset({b"traceparent", b"tracestate", b"x-session-id", b"x-vllm-priority"})
@@ -72,6 +75,7 @@ class Endpoint:
         receiver: Receiver,
         memory: MemoryBudget,
         node_headers: Headers,
+        recent: Recent | None,
     ) -> None:
         self._plane = plane
         self._settings = plane.settings
@@ -80,6 +84,7 @@ class Endpoint:
         self._receiver = receiver
         self._memory = memory
         self._node_headers = node_headers
+        self._recent = recent
         self._refusals = logs.Refusals()
 
     def __call__(self, request: ClientRequest) -> Coroutine[Any, Any, None] | None:
@@ -96,7 +101,8 @@ class Endpoint:
         except ProxyError as exc:
             self._refuse(request, record, exc)
             self._account(record)
-            self._refusals.log(record, exc.for_the_log)
+            record.error = exc.for_the_log
+            self._refusals.log(record)
             return None
         return self._serve(request, record, timeout_s, is_inside=is_inside)
 
@@ -117,27 +123,30 @@ class Endpoint:
         client.on_gone = lambda: presence.end("client-left")
         late = asyncio.get_running_loop().call_later(timeout_s, self._answer_late, client, record, presence)
         metrics.in_flight += 1
-        error = ""
+        if self._recent is not None:
+            self._recent.begun(record)
         try:
             await self._admitted(client, record, presence, timeout_s, is_inside=is_inside)
         except asyncio.CancelledError:
-            error = self._cancelled(client, record, presence)
+            record.error = self._cancelled(client, record, presence)
         except ClientGoneError:
             record.status = 499  # nobody hears it, the metrics tell it
         except ProxyError as exc:
-            error = self._failed(client, record, presence, exc)
+            record.error = self._failed(client, record, presence, exc)
         except Exception as exc:
             logger.exception("request %s failed in the proxy itself", record.request_id)
             hint = f"Request {record.request_id}"
             self._refuse(client, record, ProxyError("the proxy failed; its log tells more", hint))
-            error = repr(exc)
+            record.error = repr(exc)
         finally:
             late.cancel()
             client.on_gone = None
             metrics.in_flight -= 1
             self._account(record)
-            if error or self._settings.log_requests:
-                logs.request(record, error)
+            if self._recent is not None:
+                self._recent.ended(record)
+            if record.error or self._settings.log_requests:
+                logs.request(record)
 
     async def _admitted(
         self, client: ClientRequest, record: Record, presence: Presence, timeout_s: float, *, is_inside: bool
@@ -146,10 +155,11 @@ class Endpoint:
             if is_inside:
                 self._admission.leave()
             raise ClientGoneError
+        queue = record.begin("queue", since=record.started)
         if not is_inside:
             await self._admission.enter(self._turn_of(client, record), _priority(client), timeout_s)
+        queue.end()
         try:
-            record.admitted = time.perf_counter()
             with self._memory.reservation() as memory:
                 request = await self._read(client, record, memory)
                 with self._kept_alive(client, request, record) as answered:
@@ -167,8 +177,11 @@ class Endpoint:
         return KeptAlive(client, client.path, every_s, [(b"x-request-id", record.request_id.encode("latin-1"))])
 
     async def _read(self, client: ClientRequest, record: Record, memory: Reservation) -> Request:
+        reading = record.begin("read")
         raw = await client.body(self._settings.max_body_bytes, memory)
         asked = await self._receiver.asked(client.path, raw, memory)
+        reading.end()
+        record.model = _model(asked.body.get("model"))
         headers = [
             _JSON,
             (b"x-request-id", record.request_id.encode("latin-1")),
@@ -239,10 +252,13 @@ class Endpoint:
     def _account(self, record: Record) -> None:
         """The metrics, once for a request."""
         record.ended = record.ended or time.perf_counter()
+        for stage in record.stages:
+            if stage.name != "release":  # that goes on by itself
+                stage.end(CUT_SHORT)
         metrics, route, path = self._plane.metrics, record.route, record.path
         metrics.requests.count(route, path, str(record.status))
         metrics.request_seconds.observe(record.seconds, route, path)
-        if record.admitted:
+        if record.queue_s:
             metrics.queue_seconds.observe(record.queue_s)
         if record.path == "aggregated" and record.reason is not None:
             metrics.aggregated.count(record.reason)
@@ -256,6 +272,10 @@ class Endpoint:
             metrics.prompt_tokens.count(path, by=record.prompt_tokens)
         if record.output_tokens:
             metrics.output_tokens.count(path, by=record.output_tokens)
+
+
+def _model(named: object) -> str:
+    return named[:_LONGEST_NAME] if isinstance(named, str) else ""
 
 
 def _is_json(content_type: bytes) -> bool:

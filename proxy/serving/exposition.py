@@ -107,10 +107,16 @@ class _Nodes(Collector):
             breaker.add_metric(labels, float(node.breaker.is_open))
             if node.spec.role.does(Role.DECODE):
                 live.add_metric(labels[:1], round(node.live_tokens(now)))
+        held = GaugeMetricFamily(
+            "pd_node_held_hand_offs", "Hand-offs whose KV a prefill node keeps for a decode node.", labels=["node"]
+        )
+        for node in self._fleet.of(Role.PREFILL):
+            held.add_metric([node.spec.name], node.all_held)
         yield usable
         yield in_flight
         yield breaker
         yield live
+        yield held
         yield self._fenced()
         yield from self._transfers()
 

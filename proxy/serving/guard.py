@@ -1,7 +1,10 @@
-"""A key before anything else: 401 without a known one, on the head alone."""
+"""Before anything else, on the head alone: a key, and 401 without a known one; or, where none is needed because only
+this machine can ask, that it is no page of somebody else's in a browser of this machine.
+"""
 
 from collections.abc import Collection, Coroutine
 from typing import Any
+from urllib.parse import urlsplit
 
 import orjson
 
@@ -9,6 +12,7 @@ from engines.openai.errors import error_body
 
 from ..downstream.request import ClientRequest
 from ..downstream.service import Handler
+from ..settings import is_loopback
 from .keys import OPEN_PATHS, KeyRing
 
 MESSAGE = "Unauthorized: a known API key is needed as bearer token"
@@ -30,3 +34,39 @@ def guarded(handler: Handler, keys: KeyRing, open_paths: Collection[str] = OPEN_
         return handler(request)
 
     return check
+
+
+def from_here(handler: Handler) -> Handler:
+    """The same handler for a listener of this machine's alone, which needs no key.
+
+    A browser lets any page send requests to it, if not read the answers; and lets a page whose name was made to mean
+    this machine's address do that, too (DNS rebinding).
+    """
+
+    def check(request: ClientRequest) -> Coroutine[Any, Any, None] | None:
+        problem = _not_from_here(request)
+        if problem:
+            body = orjson.dumps(error_body(problem, "PermissionDeniedError", 403))
+            request.answer(403, [(b"content-type", b"application/json")], body)
+            return None
+        return handler(request)
+
+    return check
+
+
+def _not_from_here(request: ClientRequest) -> str:
+    host = (request.header(b"host") or b"").decode("latin-1")
+    if not is_loopback(_name_in(f"//{host}")):
+        return f"this listener is asked as localhost only, not as {host!r}"
+    origin = (request.header(b"origin") or b"").decode("latin-1")
+    is_cross = request.header(b"sec-fetch-site") not in (None, b"same-origin", b"none")
+    if request.method != b"GET" and (is_cross or (origin and urlsplit(origin).netloc != host)):
+        return "another site's page may change nothing here"
+    return ""
+
+
+def _name_in(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""

@@ -19,32 +19,12 @@ from .assembly import Components
 
 def add_routes(app: FastAPI, parts: Components) -> None:
     """To the application."""
-    fleet, watch = parts.fleet, parts.watch
-
-    def can_serve() -> bool:
-        may_do_without = parts.settings.without_prefill == "aggregated"
-        return fleet.has(Role.DECODE) and (may_do_without or fleet.can_hand_over())
-
-    def status() -> str:
-        if parts.shutdown.has_begun:
-            return "stopping"
-        if not can_serve():
-            return "unavailable"
-        stuck = any(watch.verdict(node) == "not moving" for node in fleet.of(Role.DECODE))
-        fenced = fleet.pairs.are_any_fenced and any(fleet.pairs.is_fenced(*pair) for pair in fleet.usable_pairs())
-        is_whole = bool(fleet.usable_pairs()) or not fleet.connector.moves_kv
-        is_well = is_whole and not stuck and not fenced and not parts.supervisor.down
-        return "ok" if is_well else "degraded"
+    fleet, watch, condition = parts.fleet, parts.watch, parts.condition
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
-        """200 when requests are answered; says of each node why it gets none.
-
-        "degraded": they are, but decode nodes compute prompts (no prefill node is usable, or KV does not move), the KV
-        canary has fenced a pair, or a background task of the proxy is down. "stopping" (503): they still are, but send
-        no more.
-        """
-        now = status()
+        """200 when requests are answered; says of each node why it gets none."""
+        now = condition.word()
         nodes = [_node_health(node, watch if fleet.connector.moves_kv else None) for node in fleet]
         told: JSONObject = {"status": now, "nodes": nodes}
         if parts.plane.split.is_wanted:
@@ -65,10 +45,10 @@ def add_routes(app: FastAPI, parts: Components) -> None:
     @app.api_route("/readyz", methods=["GET", "HEAD"])
     async def readyz() -> Response:
         """200 when requests should be sent here."""
-        now = status()
+        now = condition.word()
         return JSONResponse({"status": now}, 503 if now in ("unavailable", "stopping") else 200)
 
-    _add_model_routes(app, parts, can_serve)
+    _add_model_routes(app, parts, condition.can_serve)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

@@ -5,7 +5,7 @@ import logging
 import math
 import sys
 import time
-from typing import Literal
+from typing import Any, Literal
 
 from ..exchange.record import Record
 
@@ -35,21 +35,28 @@ class Refusals:
         self._not_logged: dict[int, int] = {}
         """How many there have been since."""
 
-    def log(self, record: Record, error: str) -> None:
+    def log(self, record: Record) -> None:
         status, now = record.status, record.ended
         if now - self._last.get(status, -math.inf) < _REFUSALS_LOGGED_EVERY_S:
             self._not_logged[status] = self._not_logged.get(status, 0) + 1
             return
         self._last[status] = now
-        request(record, error, not_logged=self._not_logged.pop(status, 0))
+        request(record, not_logged=self._not_logged.pop(status, 0))
 
 
-def request(record: Record, error: str, *, not_logged: int = 0) -> None:
+def request(record: Record, *, not_logged: int = 0) -> None:
     """One line for one request: what it was, which way it took, how long each stage was, how it ended.
 
     `not_logged`: how many refused like it have no line.
     """
-    fields = {
+    fields = {**fields_of(record), "not_logged": not_logged or None}
+    words = " ".join(f"{name}={_word(value)}" for name, value in fields.items() if value not in (None, []))
+    logger.log(logging.WARNING if record.status >= 500 else logging.INFO, words, extra={"fields": fields})
+
+
+def fields_of(record: Record) -> dict[str, Any]:
+    """What is told of a request wherever it is told."""
+    return {
         "request_id": record.request_id,
         "route": record.route,
         "status": record.status,
@@ -68,11 +75,8 @@ def request(record: Record, error: str, *, not_logged: int = 0) -> None:
         "failures": record.failures,
         "retries": record.retries or None,
         "resumed": record.resumed or None,
-        "error": error or None,
-        "not_logged": not_logged or None,
+        "error": record.error or None,
     }
-    words = " ".join(f"{name}={_word(value)}" for name, value in fields.items() if value not in (None, []))
-    logger.log(logging.WARNING if record.status >= 500 else logging.INFO, words, extra={"fields": fields})
 
 
 def _word(value: object) -> str:

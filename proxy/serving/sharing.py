@@ -21,7 +21,7 @@ from .board import Board
 logger = logging.getLogger("pd_proxy.workers")
 
 _SHARE_EVERY_S = 0.1
-_NOTHING = (0, 0, 0, 0, 0)
+_NOTHING = (0, 0, 0, 0, 0, 0)
 """Of a node that a worker does not know: see `Share`."""
 _TRY_TO_LEAD_EVERY_S = 0.25
 
@@ -78,6 +78,7 @@ class Sharing:
                     node.handed_tokens,
                     round(node.live.count(now)),
                     node.live.streams,
+                    node.held,
                 ]
                 for node in self._fleet
             }
@@ -105,8 +106,8 @@ class Sharing:
             now = [row["nodes"].get(node.spec.name, _NOTHING) for row in alive]
             ever = [row["nodes"].get(node.spec.name, _NOTHING) for row in all_rows]
             hand_offs, tokens = sum(share[1] for share in ever), sum(share[2] for share in ever)
-            in_flight, live_tokens, streams = (sum(share[place] for share in now) for place in (0, 3, 4))
-            node.elsewhere = Share(in_flight, hand_offs, tokens, live_tokens, streams)
+            in_flight, live_tokens, streams, held = (sum(share[place] for share in now) for place in (0, 3, 4, 5))
+            node.elsewhere = Share(in_flight, hand_offs, tokens, live_tokens, streams, held)
 
     def _inherit(self, row: JSONObject) -> None:
         """The row of a worker that died: its counts are ours now, its requests are gone."""

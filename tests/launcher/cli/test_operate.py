@@ -84,6 +84,42 @@ def test_it_outlives_its_terminal_and_is_found_shown_and_stopped(run: Run) -> No
     assert run.status()["phase"] == "stopped"
 
 
+def test_one_request_is_explained_by_its_id(run: Run) -> None:
+    body = {"prompt": "hello", "max_tokens": 4}
+    assert http.post(f"{run.url}/v1/completions", json=body, headers={"x-request-id": "explain-me"}).is_success
+    wait_until(lambda: "decode-0" in run_to_end(["trace", "explain-me"]).stdout, "the proxy to have written it down")
+    told = run.do("trace", "explain-me")
+    assert "200; disaggregated" in told
+    assert [line.split()[2] for line in told.splitlines() if " ms  " in line] == [
+        "queue", "read", "prefill", "hand-off", "decode",
+    ]  # fmt: skip
+    assert json.loads(run.do("trace", "explain-me", "--json"))["requests"][0]["status"] == 200
+    assert "no request 'unheard-of'" in run.do("trace", "unheard-of", code=1)
+    run.do("stop")
+    assert "the run is over" in run.do("trace", "unheard-of", code=1)
+
+
+def test_what_is_drained_on_the_page_stays_so_and_a_death_is_explained_there(run: Run) -> None:
+    page = run.status()["admin_url"]
+    assert "Prefill" in http.get(page).text
+    run.do("scale", "--decode", "2")
+    assert http.post(f"{page}/nodes/decode-1/drain").is_success
+    os.kill(run.child("decode-0")["pid"], signal.SIGKILL)
+    wait_until(lambda: "SIGKILL" in _of(page, "decode-0")["finding"], "the death to be told of")
+    wait_until(lambda: _of(page, "decode-0")["usable"], "its next life", 120)
+    assert _of(page, "decode-1")["state"] == "draining"
+    assert http.post(f"{page}/nodes/decode-1/undrain").is_success
+    run.do("restart", "prefill-0")
+    wait_until(lambda: _of(page, "decode-1")["usable"], "the end of the drain")
+    assert "decode-0" in run.do("logs", "launcher")
+    assert http.get(f"{page}/nodes/decode-0/log").text
+
+
+def _of(page: str, node: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(one for one in http.get(f"{page}/state").json()["nodes"] if one["name"] == node)
+    return found
+
+
 def test_nodes_come_and_go_while_it_serves(run: Run) -> None:
     assert "decode-1 is ready." in run.do("scale", "--decode", "2")
     assert run.names() == ["decode-0", "decode-1", "prefill-0", "proxy"]

@@ -106,15 +106,17 @@ from launcher.plan.config import load
 config = load(json.loads(sys.argv[1]))
 sys.stdin.readline()
 reserved = reserve(config, LocalHost())
-print(json.dumps([number for port in reserved.plan.ports[:-1] for number in port.numbers]), flush=True)
+ports = [port for port in reserved.plan.ports if port.purpose != "proxy"]
+print(json.dumps([number for port in ports for number in port.numbers]), flush=True)
 sys.stdin.readline()
 """
 
 
 def test_launchers_racing_for_one_range_never_get_the_same_port() -> None:
-    """Twenty of them, five at once, as vLLM nodes: API, bootstrap and transfer slices."""
+    """Twenty of them, five at once, as vLLM nodes: API, bootstrap, admin and transfer slices."""
     http, bootstrap, slices = free_range(20), free_range(10), free_range(16 * 20)
     base = {"model": "m", "http_ports": http, "bootstrap_ports": bootstrap, "transfer_ports": slices}
+    base["admin_ports"] = free_range(10)
     for _ in range(4):
         racers = [
             subprocess.Popen(
@@ -129,7 +131,7 @@ def test_launchers_racing_for_one_range_never_get_the_same_port() -> None:
         for racer in racers:
             racer.communicate("\n", timeout=60)
         every = [number for ports in chosen for number in ports]
-        assert len(every) == len(set(every)) == 5 * (2 + 1 + 2 * 16)
+        assert len(every) == len(set(every)) == 5 * (2 + 1 + 1 + 2 * 16)
 
 
 def _tell(racer: "subprocess.Popen[str]") -> None:

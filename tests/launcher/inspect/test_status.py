@@ -12,7 +12,7 @@ from launcher.cli import show
 from launcher.errors import ConfigError
 from launcher.inspect import runs, status
 from launcher.inspect.runs import ChildState, Death, RunFolder, RunState, phase_of, this_machine
-from launcher.inspect.status import ChildStatus, Status
+from launcher.inspect.status import ChildStatus, Pair, Status
 
 
 def written(folder: Path, **changes: Any) -> RunFolder:
@@ -70,7 +70,7 @@ def child(name: str, **changes: Any) -> ChildStatus:
     usual: dict[str, Any] = {
         "name": name, "role": "decode", "state": "ready", "pid": 4711, "age_s": 93_784, "restarts": 0,
         "url": "http://192.168.100.100:8101", "ports": ("api 8101",), "log": "/l", "usable": True, "in_flight": 3,
-        "kv": "unproven", "running": 120, "waiting": 12, "kv_usage": 0.994,
+        "kv": "unproven", "running": 120, "waiting": 12, "kv_usage": 0.994, "held": 17, "tokens_a_second": 12_345.6,
     }  # fmt: skip
     return ChildStatus(**(usual | changes))
 
@@ -81,7 +81,8 @@ WRONG = "cannot be reached for /health: the connection was refused, and has been
 def shown(*children: ChildStatus, verbose: bool = False, **changes: Any) -> list[str]:
     usual: dict[str, Any] = {
         "run_dir": "/state/runs/20261126-174410-4740", "phase": "ready", "health": "degraded", "host": "gpu01",
-        "proxy_url": "http://127.0.0.1:8000", "model": "m", "engine": "vllm", "connector": "MooncakeConnector",
+        "proxy_url": "http://127.0.0.1:8000", "admin_url": "http://127.0.0.1:8010",
+        "model": "m", "engine": "vllm", "connector": "MooncakeConnector",
         "proven": None, "launcher": 1, "age_s": 61, "children": children,
     }  # fmt: skip
     output = io.StringIO()
@@ -93,7 +94,7 @@ def test_a_status_fits_80_columns_and_problems_are_lines_of_their_own() -> None:
     lines = shown(child("decode-10"), child("decode-11", state="restarting", problem=WRONG, restarts=2))
     table = [line for line in lines if "  " in line and not line.startswith("degraded")]
     assert all(len(line) <= 80 for line in table), lines
-    assert "decode-10  ready       1d2h  192.168.100.100:8101  120+12    99.4%   unproven" in lines
+    assert "decode-10  ready       1d2h  120+12    99.4%   17    12346     unproven" in lines
     assert f"decode-11: {WRONG}" in lines, "whole, however narrow the screen is"
     assert "decode-11: started again 2 times" in lines
 
@@ -101,13 +102,25 @@ def test_a_status_fits_80_columns_and_problems_are_lines_of_their_own() -> None:
 def test_what_is_known_besides_is_told_if_asked() -> None:
     deaths = (Death(at=0, how="killed by SIGKILL"),)
     lines = "\n".join(shown(child("decode-0", deaths=deaths, restarts=1), verbose=True))
-    assert "decode-0: pid 4711  api 8101  log /l" in lines
+    assert "decode-0: pid 4711  http://192.168.100.100:8101  api 8101  log /l" in lines
     assert "killed by SIGKILL" in lines
 
 
 def test_a_node_that_does_not_answer_shows_what_the_proxy_has_there() -> None:
     silent = child("decode-0", running=None, waiting=None, kv_usage=None)
     assert any("(3)" in line for line in shown(silent))
+
+
+def test_the_figures_are_those_of_the_page() -> None:
+    proxy = {
+        "in_flight": 12, "queued": 3, "requests_a_second": 4.25, "failed": 1, "ttft_p50_s": 0.25, "ttft_p99_s": None,
+    }  # fmt: skip
+    pair = Pair(prefill="prefill-0", decode="decode-0", a_second=2.5)
+    lines = shown(child("decode-0", error="503: full"), proxy=proxy, pairs=(pair,))
+    assert "12 in flight, 3 queued; last minute: 4.25 requests/s, 1 failed, TTFT 250 ms p50" in lines
+    assert "page http://127.0.0.1:8010" in lines
+    assert "decode-0: last error: 503: full" in lines
+    assert "prefill-0 → decode-0: 2.5 hand-offs/s" in lines
 
 
 def test_of_a_run_elsewhere_it_is_said_where() -> None:

@@ -336,6 +336,7 @@ class Outcome:
     presence: Presence
     budget: RetryBudget
     sequences: int
+    record: Record
 
 
 async def play(world: World, body: dict[str, Any], disturbance: str, nodes: Fleet | None = None) -> Outcome:
@@ -361,12 +362,13 @@ async def play(world: World, body: dict[str, Any], disturbance: str, nodes: Flee
     )
     request = Request("/v1/completions", asked("/v1/completions", orjson.dumps(body)), "id", [])
     presences: list[Presence] = []
+    record = Record("id", "/v1/completions")
 
     async def run() -> None:
         presence = Presence(60)
         presences.append(presence)
         await world.step()
-        await exchange_for(plane, request, client, presence, Record("id", "/v1/completions")).run()
+        await exchange_for(plane, request, client, presence, record).run()
 
     task = asyncio.create_task(run())
     disturbances: dict[str, Callable[[], object]] = {
@@ -386,7 +388,7 @@ async def play(world: World, body: dict[str, Any], disturbance: str, nodes: Flee
     with suppress(TimeoutError):
         await releaser.close(within_s=5)
     sequences = body.get("n", 1) * (len(body["prompt"]) if isinstance(body["prompt"], list) else 1)
-    return Outcome(world, nodes, client, metrics, error, presences[0], budget, sequences)
+    return Outcome(world, nodes, client, metrics, error, presences[0], budget, sequences, record)
 
 
 def drain(nodes: Iterable[Any]) -> None:
@@ -411,7 +413,12 @@ def check(outcome: Outcome, disturbance: str) -> None:
                 assert kv.id not in world.held or not world.heard["release", kv.id or ""]
     settled = Counter(kv.state.value for kv in WatchedKV.all if kv.state is not State.NOT_HELD)
     assert outcome.metrics.hand_offs.values == settled
-    assert [node.in_flight for node in outcome.nodes] == [0] * 4
+    assert [(node.in_flight, node.held) for node in outcome.nodes] == [(0, 0)] * 4
+    told = outcome.record.stages
+    assert [stage for stage in told if not stage.ended >= stage.began > 0] == []
+    assert Counter(stage.kv for stage in told if stage.name == "prefill" and stage.kv) == Counter(
+        kv.state.value for kv in WatchedKV.all if kv.stage is not None
+    )
     assert not any(node.breaker.has_trial for node in outcome.nodes)
     assert outcome.metrics.releases_pending == 0
     assert len(outcome.client.answers) <= 1
@@ -419,8 +426,8 @@ def check(outcome: Outcome, disturbance: str) -> None:
         assert outcome.client.is_whole or isinstance(outcome.error, ProxyError), "nobody was told anything"
     if outcome.client.is_whole and outcome.client.answers == [200] and b"data:" in outcome.client.got:
         assert outcome.client.got.endswith(b"data: [DONE]\n\n")
-        told = [event for event in outcome.client.got.split(b"\n\n") if b'"text":"x"' in event]
-        indices = Counter(orjson.loads(event.removeprefix(b"data: "))["choices"][0]["index"] for event in told)
+        events = [event for event in outcome.client.got.split(b"\n\n") if b'"text":"x"' in event]
+        indices = Counter(orjson.loads(event.removeprefix(b"data: "))["choices"][0]["index"] for event in events)
         assert indices == dict.fromkeys(range(outcome.sequences), 3), "the stream is not the three tokens of each"
         assert b'token_ids":[' not in outcome.client.got
 

@@ -142,7 +142,7 @@ def test_log_lines_can_be_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "env", "says"),
     [
-        (["--admin-port", "1"], {}, "set PD_PROXY_ADMIN_KEY"),
+        (["--admin-port", "1", "--admin-host", "0.0.0.0"], {}, "set PD_PROXY_ADMIN_KEY"),
         (["--admin-port", "1"], {"PD_PROXY_ADMIN_KEY": "k", "PD_PROXY_API_KEYS": "k"}, "must be another"),
         (["--tls-key", "x"], {}, "TLS needs both"),
         (["--api-keys-file", "/no/such"], {}, "cannot read the keys"),
