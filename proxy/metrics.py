@@ -78,6 +78,7 @@ class Metrics:
         self.prefix_predicted_tokens = Counts("Prompt tokens predicted to be cached on a prefill node.", "node")
         self.prefix_cached_tokens = Counts("Prompt tokens that were, as the node says.", "node")
         self.role_changes = Counts("Nodes that do both and turned to the other role, by reason.", "reason")
+        self.trace_spans = Counts("Spans of traces, by what became of them.", "outcome")
         self.task_restarts = Counts("Restarts of the proxy's own background tasks.", "task")
         self.in_flight = 0
         self.queued = 0

@@ -1,8 +1,10 @@
 """The proxy's settings: read once, at start, from flags, a file and the environment. The flags are made from this."""
 
 import ipaddress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -25,6 +27,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def is_http_url(text: str) -> bool:
+    """With a host, and a port that is one if there is any."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        return False
 
 
 class ProxySettings(BaseModel):
@@ -162,6 +173,11 @@ class ProxySettings(BaseModel):
     log_requests: bool = Field(
         default=False, description="One log line for every request, not only for those that failed."
     )
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        description="Send traces to this OpenTelemetry collector, as the OTEL_* variables say (gRPC unless they do): "
+        "http://HOST:4317 (needs pd-launch[otel]).",
+    )
     log_format: Literal["text", "json"] = Field("text", description="Of log lines.")
 
     @model_validator(mode="after")
@@ -180,6 +196,16 @@ class ProxySettings(BaseModel):
             raise ValueError("an admin port that others reach needs a key: set PD_PROXY_ADMIN_KEY")
         if self.admin_key and self.admin_key in self.api_keys:
             raise ValueError("the admin key is one of the clients' keys; it must be another")
+        return self
+
+    @model_validator(mode="after")
+    def _traces_can_be_sent(self) -> Self:
+        if self.otlp_traces_endpoint is None:
+            return self
+        if not is_http_url(self.otlp_traces_endpoint):
+            raise ValueError(f"--otlp-traces-endpoint {self.otlp_traces_endpoint!r} is no URL like http://HOST:4317")
+        if find_spec("opentelemetry") is None or find_spec("opentelemetry.sdk") is None:
+            raise ValueError("--otlp-traces-endpoint needs OpenTelemetry's SDK: pip install 'pd-launch[otel]'")
         return self
 
     @property

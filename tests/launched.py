@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,13 +92,13 @@ def own_ports(nodes: int) -> list[str]:
 
 
 @contextmanager
-def up(tmp_path: Path, *flags: str, nodes: int = 2) -> Iterator[Up]:
+def up(tmp_path: Path, *flags: str, nodes: int = 2, env: Mapping[str, str] | None = None) -> Iterator[Up]:
     """Start it; whatever the test did, nothing of it is left afterwards."""
     ports = own_ports(nodes)
     command = [*PD_LAUNCH, "up", "--run-dir", str(tmp_path / "run"), *ports, *flags]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "XDG_STATE_HOME": str(tmp_path / "state")},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "XDG_STATE_HOME": str(tmp_path / "state"), **(env or {})},
     )  # fmt: skip
     run = Up(process, tmp_path / "run", f"http://127.0.0.1:{ports[-1]}")
     reader = threading.Thread(target=_read, args=(run,), daemon=True)

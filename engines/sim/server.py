@@ -78,6 +78,9 @@ class Counters:
         self.computed = by_source.labels(model, "local_compute")
         self.transferred = by_source.labels(model, "external_kv_transfer")
         self.cached = by_source.labels(model, "local_cache_hit")
+        self.generated = Counter(
+            "vllm:generation_tokens", "Tokens generated.", ["model_name"], registry=self.registry
+        ).labels(model)
         usage = Gauge("vllm:kv_cache_usage_perc", "KV-cache usage.", ["model_name"], registry=self.registry)
         usage.labels(model).set_function(kv.usage)
         self.running = Gauge(
@@ -365,6 +368,7 @@ class SimNode:
         for token, reason in tokens.generate(choice.prompt, sampling):
             shown = len(choice.text)
             choice.ids.append(token)
+            self.counters.generated.inc()
             choice.text += tokens.token_text(token)
             choice.finish_reason = reason
             if reason == "stop" and token in sampling.stop_token_ids:

@@ -40,6 +40,7 @@ OWNED_FLAGS = {
     "--data-parallel-address": _ONE_HOST,
     "--data-parallel-hybrid-lb": _ONE_HOST,
     "--data-parallel-external-lb": _ONE_HOST,
+    "--otlp-traces-endpoint": "use pd-launch's own --otlp-traces-endpoint",
     "--disable-log-stats": "without its counters nobody can tell whether KV moves",
 }
 """Flags the plan decides, and what to do instead: with another value something else would run than was checked."""
@@ -170,6 +171,7 @@ class Launch:
     extra_args: tuple[str, ...] = ()
     interface: str = ""
     """The network interface that has `host`; empty when nobody knows, or the user has chosen."""
+    otlp_traces_endpoint: str | None = None
     no_proxy: tuple[str, ...] = ()
     """What is not to be asked through the HTTP proxy, as the user has it: a mirror of the hub, say."""
 
@@ -187,6 +189,8 @@ def arguments(launch: Launch) -> list[str]:
     args += ["--enable-prompt-tokens-details"]  # without it nobody can tell cached tokens from transferred ones
     if launch.max_model_len is not None:
         args += ["--max-model-len", str(launch.max_model_len)]
+    if launch.otlp_traces_endpoint is not None:
+        args += ["--otlp-traces-endpoint", launch.otlp_traces_endpoint]
     if launch.device == "cpu":
         args += ["--enforce-eager"]  # compiling takes longer on a CPU than it ever gives back
     if _may_be_written_to_late(launch):

@@ -25,12 +25,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Proxy": ("proxy_host", "proxy_port", "admin_ports", "proxy_args"),
     "Run": (
-        "run_dir", "restart", "hung_after_s", "restart_hung", "keep", "ready_timeout_s", "drain_timeout_s",
+        "run_dir", "otlp_traces_endpoint",
+        "restart", "hung_after_s", "restart_hung", "keep", "ready_timeout_s", "drain_timeout_s",
         "stop_timeout_s",
     ),
 }  # fmt: skip
 _METAVARS = {
     "engine_python": "PATH", "run_dir": "PATH", "devices": "IDS", "prefill_devices": "IDS", "decode_devices": "IDS",
+    "otlp_traces_endpoint": "URL",
     "env": "NAME=VALUE", "node_env": "NODE=NAME=VALUE", "node_args": "NODE=FLAG", "rdma_devices": "NAMES",
 }  # fmt: skip
 

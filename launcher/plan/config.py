@@ -25,6 +25,7 @@ _NO_FIELDS = frozenset({"PD_LAUNCH_ID", "PD_LAUNCH_NODE"})
 """Given to every process of a run."""
 
 _OF_THE_PROXY = {
+    "--otlp-traces-endpoint": "is set by pd-launch itself, for nodes and proxy; use --otlp-traces-endpoint",
     "--host": "is set by pd-launch itself; use --proxy-host",
     "--port": "is set by pd-launch itself; use --proxy-port",
     "--admin-port": "is set by pd-launch itself; use --admin-ports",
@@ -255,6 +256,13 @@ class LaunchConfig(BaseModel):
         description="One for the proxy's page and admin listener, which is this machine's alone.",
     )
     proxy_args: Words = Field((), description="Further flag for the proxy (`pd-proxy --help`); repeat for more.")
+
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        min_length=1,
+        description="Send the nodes' and the proxy's traces to this OpenTelemetry collector: http://HOST:4317. OTEL_* "
+        "variables reach all of them.",
+    )
 
     run_dir: Path | None = Field(None, description="Where logs go. [default: a new folder in the user's state folder]")
     restart: bool = Field(default=True, description="Start a node that died again, with growing pauses.")

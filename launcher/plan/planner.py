@@ -119,6 +119,8 @@ def _node(config: LaunchConfig, facts: HostFacts, seat: Seat, run_dir: Path, tem
         environment["PYTHONPATH"] = f"{facts.plugins}:{behind}" if behind else str(facts.plugins)
     if config.model == TINY_MODEL:
         environment["HF_HUB_OFFLINE"] = "1"
+    if config.otlp_traces_endpoint and "OTEL_SERVICE_NAME" not in facts.environment:
+        environment["OTEL_SERVICE_NAME"] = seat.name
     decided = environment | given
     return NodeProcess(
         name=seat.name,
@@ -156,6 +158,7 @@ def _launch(config: LaunchConfig, facts: HostFacts, seat: Seat, run_dir: Path) -
         extra_args=config.arguments_of(seat.role, seat.name),
         interface="" if "GLOO_SOCKET_IFNAME" in facts.environment else facts.interface,
         no_proxy=facts.no_proxy,
+        otlp_traces_endpoint=config.otlp_traces_endpoint,
     )
 
 
@@ -209,11 +212,12 @@ def _proxy(config: LaunchConfig, facts: HostFacts, run_dir: Path, admin: int) ->
     host = _address(facts, config.proxy_host)
     words = (facts.our_python, "-P", "-m", "proxy.cli", "--topology", str(run_dir / "topology.json"))
     listening = ("--host", host, "--port", str(config.proxy_port), "--admin-port", str(admin))
+    traced = ["--otlp-traces-endpoint", config.otlp_traces_endpoint] if config.otlp_traces_endpoint else []
     waiting = ("--decode-start-timeout-s", f"{config.transfer_timeout_s * _WAITS_FOR_KV:g}")
     return Process(
         name="proxy",
         kind="proxy",
-        command=(*words, *listening, *waiting, *(["--any-version"] * config.any_version), *config.proxy_args),
+        command=(*words, *listening, *waiting, *(["--any-version"] * config.any_version), *traced, *config.proxy_args),
         environment={"PYTHONUNBUFFERED": "1"},
         inherited=_ours(facts, *_OF_THE_PROXY),
         ports=(

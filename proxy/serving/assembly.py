@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from engines.topology import Topology
 
@@ -44,9 +45,13 @@ from .shutdown import Shutdown
 from .supervision import Supervisor
 from .view import View
 
+if TYPE_CHECKING:
+    from .tracing.tracing import Tracing
+
 logger = logging.getLogger("pd_proxy.nodes")
 
 _LOOK_AT_LOAD_EVERY_S = 1.0
+_TRACES_AT_THE_END_S = 3.0
 _AT_THE_END_S = 10.0
 """For what is on its way when the last client's answer is finished."""
 
@@ -89,9 +94,10 @@ class Components:
         )
         self.shutdown = Shutdown(settings)
         self.condition = Condition(settings, self.fleet, self.watch, self.supervisor, self.shutdown)
+        self.tracing = _tracing(settings, self.metrics, self.fleet)
         self.recent = Recent(board.ended) if settings.admin_port else None
         self.endpoint = Endpoint(
-            self.plane, self.keys, self.admission, self.receiver, self.memory, node_headers, self.recent
+            self.plane, self.keys, self.admission, self.receiver, self.memory, node_headers, self.recent, self.tracing
         )
         self.prober = Prober(settings, self.fleet, self.watch, node_headers, self.pauses, self._after_a_probe)
         self.sharing = Sharing(board, self.metrics, self.fleet, self.watch, self._update_gauges, self.admission.let_in)
@@ -120,6 +126,8 @@ class Components:
             await self.prober.close()
             await self.receiver.close()
             self.plane.clients.close()
+            if self.tracing is not None:
+                await asyncio.to_thread(self.tracing.close, _TRACES_AT_THE_END_S)
             self.board.close()
 
     def _add_tasks(self) -> None:
@@ -168,6 +176,14 @@ class Components:
     def _after_a_probe(self) -> None:
         self.sharing.publish()
         self.admission.let_in()
+
+
+def _tracing(settings: ProxySettings, metrics: Metrics, fleet: Fleet) -> "Tracing | None":
+    if settings.otlp_traces_endpoint is None:
+        return None
+    from .tracing.tracing import Tracing  # noqa: PLC0415  an extra
+
+    return Tracing(settings, settings.otlp_traces_endpoint, metrics, fleet)
 
 
 def limits_of(settings: ProxySettings) -> ConnectionLimits:

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Coroutine
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -42,6 +42,10 @@ from .admission import Admission
 from .guard import MESSAGE, keys_in
 from .keys import KeyRing
 from .recent import Recent
+from .tracing import PROPAGATED
+
+if TYPE_CHECKING:
+    from .tracing.tracing import Tracing
 
 logger = logging.getLogger("pd_proxy")
 
@@ -76,6 +80,7 @@ class Endpoint:
         memory: MemoryBudget,
         node_headers: Headers,
         recent: Recent | None,
+        tracing: "Tracing | None",
     ) -> None:
         self._plane = plane
         self._settings = plane.settings
@@ -85,6 +90,8 @@ class Endpoint:
         self._memory = memory
         self._node_headers = node_headers
         self._recent = recent
+        self._tracing = tracing
+        self._passed_to_nodes = _PASSED_TO_NODES if tracing is None else _PASSED_TO_NODES - PROPAGATED
         self._refusals = logs.Refusals()
 
     def __call__(self, request: ClientRequest) -> Coroutine[Any, Any, None] | None:
@@ -125,6 +132,7 @@ class Endpoint:
         metrics.in_flight += 1
         if self._recent is not None:
             self._recent.begun(record)
+        trace = self._tracing.follow(record, client.headers) if self._tracing is not None else None
         try:
             await self._admitted(client, record, presence, timeout_s, is_inside=is_inside)
         except asyncio.CancelledError:
@@ -145,6 +153,8 @@ class Endpoint:
             self._account(record)
             if self._recent is not None:
                 self._recent.ended(record)
+            if trace is not None:
+                trace.finish()
             if record.error or self._settings.log_requests:
                 logs.request(record)
 
@@ -186,7 +196,7 @@ class Endpoint:
             _JSON,
             (b"x-request-id", record.request_id.encode("latin-1")),
             *self._node_headers,
-            *(header for header in client.headers if header[0] in _PASSED_TO_NODES),
+            *(header for header in client.headers if header[0] in self._passed_to_nodes),
         ]
         return Request(client.path, asked, record.request_id, headers, memory)
 

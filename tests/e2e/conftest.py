@@ -1,7 +1,7 @@
 """The real pair: vLLM and Mooncake on the CPU, started once for the session as a user starts it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pytest
 
 from launcher.setup.install import EngineEnvironment
 from tests.launched import Up, run_to_end, up
+from tests.otlp import HTTP, Sink, collector
 from tests.processes import ROOT
 from tests.versions import VARIABLE
 
@@ -17,9 +18,17 @@ START_PATIENCE_S = 900
 
 
 @pytest.fixture(scope="session")
-def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+def traces() -> Iterator[Sink]:
+    """Where the real pair sends its traces."""
+    with collector() as sink:
+        yield sink
+
+
+@pytest.fixture(scope="session")
+def real_pair(tmp_path_factory: pytest.TempPathFactory, traces: Sink) -> Iterator[Up]:
     """`pd-launch up` with the example's configuration. Its end is part of the test: nothing may be left."""
-    with launched(tmp_path_factory.mktemp("real"), "--env", "VLLM_ENABLE_RESPONSES_API_STORE=1", nodes=2) as run:
+    flags = ["--env", "VLLM_ENABLE_RESPONSES_API_STORE=1", "--otlp-traces-endpoint", traces.url]
+    with launched(tmp_path_factory.mktemp("real"), *flags, nodes=2, env=HTTP) as run:
         yield run
     said = run_to_end(["doctor", str(run.run_dir)]).stdout
     assert said.startswith("Nothing known to be wrong") or os.environ.get(VARIABLE), said
@@ -47,7 +56,7 @@ def trio(folder: Path, *flags: str) -> Iterator[Up]:
 
 
 @contextmanager
-def launched(folder: Path, *flags: str, nodes: int) -> Iterator[Up]:
+def launched(folder: Path, *flags: str, nodes: int, env: Mapping[str, str] | None = None) -> Iterator[Up]:
     # A transfer timeout longer than any test's patience: what is free again was released, and did not expire.
     version = os.environ.get(VARIABLE)
     transfer_s, decode_start_s = ("30", "25") if version else ("600", "50")  # an old one gives nothing back
@@ -59,7 +68,7 @@ def launched(folder: Path, *flags: str, nodes: int) -> Iterator[Up]:
     if version:
         always += ["--engine-python", str(EngineEnvironment.of("cpu", version).python), "--any-version"]
     shared_before = set(os.listdir("/dev/shm"))  # noqa: PTH208
-    with up(folder, *always, *flags, nodes=nodes) as run:
+    with up(folder, *always, *flags, nodes=nodes, env=env) as run:
         run.until("Ready:", START_PATIENCE_S)
         yield run
         children = run.descendants()

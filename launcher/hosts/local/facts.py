@@ -142,20 +142,13 @@ def _engine(config: LaunchConfig, *, look: bool) -> EngineFacts:
 
 def _proxy_problem(config: LaunchConfig) -> str:
     """What the proxy itself says of the flags and variables it is given."""
-    if not config.proxy_args and not any(name.startswith(_OF_THE_PROXY) for name in os.environ):
+    given = [*config.proxy_args]
+    if config.otlp_traces_endpoint:
+        given += ["--otlp-traces-endpoint", config.otlp_traces_endpoint]
+    if not given and not any(name.startswith(_OF_THE_PROXY) for name in os.environ):
         return ""
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "proxy.cli",
-        "--topology",
-        os.devnull,
-        "--admin-port",
-        str(config.admin_ports.first),
-        *config.proxy_args,
-        "--check",
-    ]
+    command = [sys.executable, "-P", "-m", "proxy.cli", "--topology", os.devnull, "--check", *given]
+    command += ["--admin-port", str(config.admin_ports.first)]
     try:
         said = subprocess.run(
             command, capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL,

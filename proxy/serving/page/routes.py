@@ -6,6 +6,7 @@ GET /events               the same each second, with the requests that ended sin
 GET /requests             the requests that ended last
 GET /requests/ID          one, by stages; 404 when it is not known (any more)
 GET /nodes/NAME/log       the last lines of a node's log
+GET /targets              the nodes, for Prometheus (http_sd_configs)
 """
 
 import asyncio
@@ -14,6 +15,7 @@ import hashlib
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import orjson
 from fastapi import FastAPI, HTTPException, Response
@@ -59,6 +61,13 @@ def add_routes(app: FastAPI, view: View) -> None:
         if not found:
             raise HTTPException(404, f"no request {request_id!r} is among the last that were answered here")
         return {"requests": found}
+
+    @app.get("/targets")
+    async def targets() -> list[JSONObject]:
+        return [
+            {"targets": [urlsplit(node.spec.url).netloc], "labels": {"node": node.spec.name, "role": node.spec.role}}
+            for node in view.fleet
+        ]
 
     @app.get("/nodes/{name}/log")
     async def log(name: str) -> Response:
