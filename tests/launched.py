@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 from launcher.cli.app import main
@@ -81,6 +82,27 @@ class Up:
         """Ask it to end; its exit code."""
         self.process.send_signal(number)
         return self.process.wait(STOP_PATIENCE_S)
+
+
+class Page:
+    """The admin listener of a run."""
+
+    def __init__(self, run_dir: Path) -> None:
+        state = json.loads((run_dir / "state.json").read_text())
+        self.url = str(state["admin_url"])
+        self.key = str(state["admin_key"])
+
+    @property
+    def address(self) -> str:
+        """As it is printed for a browser."""
+        return f"{self.url}/#key={self.key}"
+
+    def ask(self, method: str, path: str) -> httpx.Response:
+        return http.request(method, f"{self.url}{path}", headers={"authorization": f"Bearer {self.key}"})
+
+    def node(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = next(one for one in self.ask("GET", "/state").json()["nodes"] if one["name"] == name)
+        return found
 
 
 def own_ports(nodes: int) -> list[str]:

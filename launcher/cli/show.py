@@ -180,7 +180,7 @@ def _status(found: "Status", *, verbose: bool) -> Group:
         (found.health, colour),
         f"  {found.model} on {found.proxy_url}  {found.phase}{elsewhere}, {_age(found.age_s)}\n",
         f"{found.run_dir}\n",
-        f"page {found.admin_url}\n" if found.admin_url and found.phase == "ready" else "",
+        f"page {found.page}\n" if found.phase == "ready" else "",
         _proof_in_words(found),
         _lately(found.proxy),
     )  # fmt: skip

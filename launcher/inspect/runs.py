@@ -92,6 +92,8 @@ class RunState(BaseModel):
     model: str
     proxy_url: str
     admin_url: str = ""
+    admin_key: str = ""
+    """What its page's listener is asked with; the file is for this user only."""
     temporary: Path
     control: Path
     began: float
@@ -107,6 +109,11 @@ class RunState(BaseModel):
     def is_here(self) -> bool:
         """Its processes are this machine's, in this container: a home folder may be shared by many."""
         return self.machine == this_machine()
+
+
+def page_url(admin_url: str, admin_key: str) -> str:
+    """What opens the page: a browser tells nobody what is behind the `#`."""
+    return f"{admin_url}/#key={admin_key}"
 
 
 def this_machine() -> str:

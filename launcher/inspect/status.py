@@ -9,12 +9,12 @@ from typing import Any
 
 import httpx
 import psutil
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from engines.vllm import metrics
 
 from ..errors import ConfigError
-from .runs import ChildState, Death, Phase, RunFolder, RunState, left_behind, phase_of
+from .runs import ChildState, Death, Phase, RunFolder, RunState, left_behind, page_url, phase_of
 
 _TIMEOUT_S = 3
 """A node that is hung is one of those that somebody looks for."""
@@ -74,7 +74,8 @@ class Status(BaseModel):
     """ok, degraded or unavailable; down when the proxy does not answer."""
     host: str
     proxy_url: str
-    admin_url: str
+    page: str = Field("", exclude=True)
+    """Its address, key and all: for this user's screen only."""
     model: str
     engine: str
     connector: str
@@ -109,7 +110,7 @@ async def of(run: RunFolder) -> Status:
         children = await asyncio.gather(*asked)
     return Status(
         run_dir=str(run.path), phase=phase, health=health.get("status", "down"), host=state.host,
-        proxy_url=state.proxy_url, admin_url=state.admin_url, model=state.model,
+        proxy_url=state.proxy_url, page=page_url(state.admin_url, state.admin_key), model=state.model,
         engine=state.engine, connector=state.connector, proven=state.proven, launcher=state.launcher,
         age_s=round(time.time() - state.began),  # noqa: TID251  of a record that another process wrote
         children=tuple(children), proxy=view.get("proxy", {}), pairs=tuple(view.get("pairs", ())),
@@ -126,17 +127,16 @@ async def _health(client: httpx.AsyncClient, state: RunState) -> dict[str, Any]:
 async def _view(client: httpx.AsyncClient, state: RunState) -> dict[str, Any]:
     """What the page shows."""
     with suppress(httpx.HTTPError, ValueError):
-        answer = await client.get(f"{state.admin_url}/state", headers=admin_headers())
+        answer = await client.get(f"{state.admin_url}/state", headers=admin_headers(state))
         if answer.status_code == 200:
             found: dict[str, Any] = answer.json()
             return found
     return {}
 
 
-def admin_headers() -> dict[str, str]:
-    """For a proxy whose admin listener has a key, which is in the environment here, too."""
-    key = os.environ.get("PD_PROXY_ADMIN_KEY")
-    return {"authorization": f"Bearer {key}"} if key else {}
+def admin_headers(state: RunState) -> dict[str, str]:
+    """For the proxy's admin listener."""
+    return {"authorization": f"Bearer {state.admin_key}"}
 
 
 async def _child(  # noqa: PLR0913  what is known of it, and from whom

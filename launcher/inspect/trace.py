@@ -11,7 +11,7 @@ import httpx
 from ..errors import ConfigError
 from . import logs
 from .logs import Line
-from .runs import RunFolder, phase_of
+from .runs import RunFolder, RunState, phase_of
 from .status import admin_headers
 
 _TIMEOUT_S = 3
@@ -38,7 +38,7 @@ def of(run: RunFolder, request_id: str) -> Traced:
         raise ConfigError(f"nothing is known of a run in {run.path}")
     found = Traced(request_id)
     if phase_of(run, state) in ("starting", "ready", "stopping"):
-        _ask(found, state.admin_url)
+        _ask(found, state)
     else:
         found.problem = "the run is over, and with it what its proxy remembered"
     ids = [request_id, *(transfer for one in found.requests for transfer in _transfers(one))]
@@ -48,15 +48,12 @@ def of(run: RunFolder, request_id: str) -> Traced:
     return found
 
 
-def _ask(found: Traced, admin_url: str) -> None:
+def _ask(found: Traced, state: RunState) -> None:
+    url = f"{state.admin_url}/requests/{found.request_id}"
     try:
-        answer = httpx.get(
-            f"{admin_url}/requests/{found.request_id}", headers=admin_headers(), timeout=_TIMEOUT_S, trust_env=False
-        )
+        answer = httpx.get(url, headers=admin_headers(state), timeout=_TIMEOUT_S, trust_env=False)
         if answer.status_code == 200:
             found.requests = answer.json()["requests"]
-        elif answer.status_code == 401:
-            found.problem = "the proxy's admin listener wants its key: set PD_PROXY_ADMIN_KEY"
         else:
             found.problem = answer.json()["error"]["message"]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as exc:

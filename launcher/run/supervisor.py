@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 import socket
 import time
 import uuid
@@ -19,7 +20,7 @@ from ..events.events import Events
 from ..hosts.host import Host
 from ..hosts.reserve import Reserved
 from ..inspect import logs
-from ..inspect.runs import RunFolder, RunState, this_machine
+from ..inspect.runs import RunFolder, RunState, page_url, this_machine
 from ..plan.config import TINY_MODEL, LaunchConfig
 from ..plan.plan import Plan
 from ..setup import install
@@ -32,6 +33,8 @@ from .keeper import Keeper
 from .record import Record
 from .restarts import RestartPolicy
 
+ADMIN_KEY = "PD_PROXY_ADMIN_KEY"
+_KEY_BYTES = 18
 _NOTE_EVERY_S = 5.0
 _STOPS_WITHIN_S = 60.0
 """... beside the time that every group of nodes is given."""
@@ -61,9 +64,8 @@ class Supervisor:
         self._has_terminal = has_terminal
         self._record = Record(folder, config, reserved.facts.engine.versions)
         self._record.say = lambda text: events.say(text, "warning")
-        self._fleet = Fleet(
-            config, reserved.plan, reserved.facts, host, reserved.reservation, events, run_id=uuid.uuid4().hex
-        )
+        plan, self._admin_key = _with_admin_key(reserved.plan)
+        self._fleet = Fleet(config, plan, reserved.facts, host, reserved.reservation, events, run_id=uuid.uuid4().hex)
         self._fleet.changed = self._write_state
         self._host = host
         self._machine, self._host_name = this_machine(), socket.gethostname()
@@ -197,7 +199,7 @@ class Supervisor:
         key = " -H 'Authorization: Bearer YOUR_KEY'" if self._is_keyed else ""
         self._events.say(
             f"\nReady: {url}/v1  model {', '.join(plan.served_names)}\n"
-            f"Page:  {plan.admin_url}\n"
+            f"Page:  {page_url(plan.admin_url, self._admin_key)}\n"
             f"Logs:  {plan.run_dir}\n"
             f"Stop with {'Ctrl-C, or from anywhere with ' if self._has_terminal else ''}`pd-launch stop`. Try:\n"
             f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n"
@@ -270,7 +272,7 @@ class Supervisor:
         )
         state = RunState(
             id=fleet.run_id, launcher=os.getpid(), phase=self._phase, engine=plan.engine, connector=plan.connector,
-            model=plan.served_model_name, proxy_url=plan.proxy_url, admin_url=plan.admin_url,
+            model=plan.served_model_name, proxy_url=plan.proxy_url, admin_url=plan.admin_url, admin_key=self._admin_key,
             temporary=plan.temporary, control=self._control, machine=self._machine, host=self._host_name,
             stops_within_s=self._stops_within_s,
             keyed=self._is_keyed, began=self._began, written=time.time(), proven=self._proven, children=children,  # noqa: TID251  for people, and the next launcher
@@ -318,3 +320,13 @@ class Supervisor:
             starting.cancel()
             with suppress(asyncio.CancelledError, LauncherError):
                 await starting
+
+
+def _with_admin_key(plan: Plan) -> tuple[Plan, str]:
+    """The user's own, or one of this run: other users of this machine reach its page's port, too."""
+    given = plan.proxy.inherited.get(ADMIN_KEY)
+    if given:
+        return plan, given
+    key = secrets.token_urlsafe(_KEY_BYTES)
+    proxy = plan.proxy.model_copy(update={"environment": plan.proxy.environment | {ADMIN_KEY: key}})
+    return plan.model_copy(update={"proxy": proxy}), key

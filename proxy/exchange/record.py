@@ -120,30 +120,18 @@ class Record:
         return self.ended - self.started
 
     @property
-    def queue_s(self) -> float:
-        """Until it was let in; 0 when it was not."""
-        return self.longest("queue")
-
-    @property
-    def prefill_s(self) -> float:
-        """Prefill leg, request to answer; the longest that did not fail."""
-        return self.longest("prefill")
-
-    @property
-    def hand_off_s(self) -> float:
-        """Decode leg to its first event, likewise."""
-        return self.longest("hand-off")
-
-    @property
     def first_event_s(self) -> float:
         return self.first_event - self.started if self.first_event else 0.0
 
-    def longest(self, name: StageName) -> float:
-        """Seconds of the longest stage of a name that ended well; 0 when there is none."""
-        return max(
-            (one.ended - one.began for one in self.stages if one.name == name and one.ended and not one.problem),
-            default=0.0,
-        )
+    def spent(self) -> dict[StageName, float]:
+        """Seconds of the longest stage of each name that ended well."""
+        longest: dict[StageName, float] = {}
+        for stage in self.stages:
+            if stage.ended and not stage.problem:
+                seconds = stage.ended - stage.began
+                if seconds > longest.get(stage.name, 0.0):
+                    longest[stage.name] = seconds
+        return longest
 
     def failed(self, node: str, error: NodeError) -> None:
         self.failures.append(f"{node}:{error.reason}")

@@ -263,21 +263,22 @@ class Endpoint:
         """The metrics, once for a request."""
         record.ended = record.ended or time.perf_counter()
         for stage in record.stages:
-            if stage.name != "release":  # that goes on by itself
+            if not stage.ended and stage.name != "release":  # that goes on by itself
                 stage.end(CUT_SHORT)
         metrics, route, path = self._plane.metrics, record.route, record.path
         metrics.requests.count(route, path, str(record.status))
         metrics.request_seconds.observe(record.seconds, route, path)
-        if record.queue_s:
-            metrics.queue_seconds.observe(record.queue_s)
+        spent = record.spent()
+        if "queue" in spent:
+            metrics.queue_seconds.observe(spent["queue"])
         if record.path == "aggregated" and record.reason is not None:
             metrics.aggregated.count(record.reason)
         if record.first_event and record.status == 200 and route in HANDED_OFF:
             metrics.time_to_first_event_seconds.observe(record.first_event_s, route, path)
-        if record.prefill_s:
-            metrics.prefill_seconds.observe(record.prefill_s)
-        if record.hand_off_s:
-            metrics.hand_off_seconds.observe(record.hand_off_s)
+        if "prefill" in spent:
+            metrics.prefill_seconds.observe(spent["prefill"])
+        if "hand-off" in spent:
+            metrics.hand_off_seconds.observe(spent["hand-off"])
         if record.prompt_tokens:
             metrics.prompt_tokens.count(path, by=record.prompt_tokens)
         if record.output_tokens:

@@ -56,6 +56,7 @@ def request(record: Record, *, not_logged: int = 0) -> None:
 
 def fields_of(record: Record) -> dict[str, Any]:
     """What is told of a request wherever it is told."""
+    spent = record.spent()
     return {
         "request_id": record.request_id,
         "route": record.route,
@@ -65,9 +66,9 @@ def fields_of(record: Record) -> dict[str, Any]:
         "reason": record.reason,
         "key": record.key_name or None,
         "nodes": record.nodes,
-        "queue_s": round(record.queue_s, 4) or None,
-        "prefill_s": round(record.prefill_s, 4) or None,
-        "hand_off_s": round(record.hand_off_s, 4) or None,
+        "queue_s": round(spent.get("queue", 0.0), 4) or None,
+        "prefill_s": round(spent.get("prefill", 0.0), 4) or None,
+        "hand_off_s": round(spent.get("hand-off", 0.0), 4) or None,
         "first_event_s": round(record.first_event_s, 4) or None,
         "prompt_tokens": record.prompt_tokens or None,
         "output_tokens": record.output_tokens or None,

@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.browser import shown
-from tests.launched import Up, run_to_end
+from tests.launched import Page, Up, run_to_end
 from tests.otlp import Sink
 from tests.processes import http, wait_until
 
@@ -63,8 +63,7 @@ def _if_known(*command: str) -> str | None:
 def test_the_page_shows_that_kv_moves(real_pair: Up) -> None:
     for number in range(4):
         ask(real_pair, f"on-the-page-{number}")
-    page_url = real_pair.status()["admin_url"]
-    with shown(page_url, width=1100) as browser:
+    with shown(Page(real_pair.run_dir).address, width=1100) as browser:
         page = browser.page
         expect(page.locator("#status")).to_have_text("ok")
         expect(page.locator("#pairs")).to_contain_text("KV proven to move")

@@ -25,8 +25,8 @@ from engines.base import JSONObject
 
 from ..view import View, tail
 
-OPEN_PATHS = frozenset({"/"})
-"""It asks for the key itself."""
+OPEN_PATHS = frozenset({"/", "/targets"})
+"""The page asks for the key itself; which nodes there are is in `/health`, too."""
 
 _MOST_REQUESTS = 60
 """Of one event."""

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from launcher.inspect.runs import RunFolder
-from tests.launched import PD_LAUNCH, at_once, own_ports, run_to_end
+from tests.launched import PD_LAUNCH, Page, at_once, own_ports, run_to_end
 from tests.processes import PATIENCE_S, ROOT, http, wait_until
 
 SIM = ("--engine", "sim", "--model", "tiny")
@@ -100,24 +100,20 @@ def test_one_request_is_explained_by_its_id(run: Run) -> None:
 
 
 def test_what_is_drained_on_the_page_stays_so_and_a_death_is_explained_there(run: Run) -> None:
-    page = run.status()["admin_url"]
-    assert "Prefill" in http.get(page).text
+    page = Page(run.folder)
+    assert "Prefill" in http.get(page.url).text
+    assert http.get(f"{page.url}/state").status_code == 401, "it is not every user's of this machine"
     run.do("scale", "--decode", "2")
-    assert http.post(f"{page}/nodes/decode-1/drain").is_success
+    assert page.ask("POST", "/nodes/decode-1/drain").is_success
     os.kill(run.child("decode-0")["pid"], signal.SIGKILL)
-    wait_until(lambda: "SIGKILL" in _of(page, "decode-0")["finding"], "the death to be told of")
-    wait_until(lambda: _of(page, "decode-0")["usable"], "its next life", 120)
-    assert _of(page, "decode-1")["state"] == "draining"
-    assert http.post(f"{page}/nodes/decode-1/undrain").is_success
+    wait_until(lambda: "SIGKILL" in page.node("decode-0")["finding"], "the death to be told of")
+    wait_until(lambda: page.node("decode-0")["usable"], "its next life", 120)
+    assert page.node("decode-1")["state"] == "draining"
+    assert page.ask("POST", "/nodes/decode-1/undrain").is_success
     run.do("restart", "prefill-0")
-    wait_until(lambda: _of(page, "decode-1")["usable"], "the end of the drain")
+    wait_until(lambda: page.node("decode-1")["usable"], "the end of the drain")
     assert "decode-0" in run.do("logs", "launcher")
-    assert http.get(f"{page}/nodes/decode-0/log").text
-
-
-def _of(page: str, node: str) -> dict[str, Any]:
-    found: dict[str, Any] = next(one for one in http.get(f"{page}/state").json()["nodes"] if one["name"] == node)
-    return found
+    assert page.ask("GET", "/nodes/decode-0/log").text
 
 
 def test_nodes_come_and_go_while_it_serves(run: Run) -> None:

@@ -81,7 +81,7 @@ WRONG = "cannot be reached for /health: the connection was refused, and has been
 def shown(*children: ChildStatus, verbose: bool = False, **changes: Any) -> list[str]:
     usual: dict[str, Any] = {
         "run_dir": "/state/runs/20261126-174410-4740", "phase": "ready", "health": "degraded", "host": "gpu01",
-        "proxy_url": "http://127.0.0.1:8000", "admin_url": "http://127.0.0.1:8010",
+        "proxy_url": "http://127.0.0.1:8000", "page": "http://127.0.0.1:8010/#key=k",
         "model": "m", "engine": "vllm", "connector": "MooncakeConnector",
         "proven": None, "launcher": 1, "age_s": 61, "children": children,
     }  # fmt: skip
@@ -118,7 +118,7 @@ def test_the_figures_are_those_of_the_page() -> None:
     pair = Pair(prefill="prefill-0", decode="decode-0", a_second=2.5)
     lines = shown(child("decode-0", error="503: full"), proxy=proxy, pairs=(pair,))
     assert "12 in flight, 3 queued; last minute: 4.25 requests/s, 1 failed, TTFT 250 ms p50" in lines
-    assert "page http://127.0.0.1:8010" in lines
+    assert "page http://127.0.0.1:8010/#key=k" in lines
     assert "decode-0: last error: 503: full" in lines
     assert "prefill-0 → decode-0: 2.5 hand-offs/s" in lines
 
