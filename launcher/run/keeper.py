@@ -172,7 +172,7 @@ class Keeper:
 
     def _explain(self, life: Life, error: LauncherError) -> None:
         """What the logs say of it, when it is known: logs are long, and the restart does not wait for it."""
-        life.finding = f"{time.strftime('%H:%M:%S')} {str(error).splitlines()[0]}"
+        life.finding = f"{time.strftime('%H:%M:%S')} {str(error).partition(chr(10))[0]}"
         self._nodes_changed()
         task = asyncio.create_task(self._explained(life))
         self._explaining.add(task)

@@ -12,7 +12,8 @@ from . import logs
 from .journal import Journal
 
 KEPT = 1000
-"""Of each worker's."""
+"""Of each worker's, and less of requests for many sequences:"""
+_MOST_STAGES = 20_000
 
 
 _OF_A_RECORD = tuple(one.name for one in fields(Record) if one.name not in ("stages", "follower"))
@@ -26,7 +27,8 @@ class Recent:
         """`journal`: where workers tell each other; None with a single one."""
         self._journal = journal
         self._running: dict[int, Record] = {}
-        self._ended: deque[Record] = deque(maxlen=KEPT)
+        self._ended: deque[Record] = deque()
+        self._stages = 0
         self.number = 0
         """How many have ended, all told."""
 
@@ -49,7 +51,10 @@ class Recent:
 
     def _add(self, record: Record) -> None:
         self._ended.append(record)
+        self._stages += len(record.stages)
         self.number += 1
+        while len(self._ended) > KEPT or self._stages > _MOST_STAGES:
+            self._stages -= len(self._ended.popleft().stages)
 
     def find(self, request_id: str) -> list[JSONObject]:
         """All of this id, the latest first: a client may use one twice."""
@@ -72,7 +77,8 @@ class Recent:
 
     @property
     def is_full(self) -> bool:
-        return len(self._ended) == KEPT
+        """Older ones were dropped."""
+        return self.number > len(self._ended)
 
 
 def told(record: Record) -> JSONObject:

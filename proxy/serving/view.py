@@ -23,6 +23,7 @@ from .exposition import own_version
 from .recent import Recent
 
 _LOOK_EVERY_S = 1.0
+_FRESH_S = 0.5
 _MARKS_KEPT = 200
 _LATELY_S = 60.0
 """What rates and latencies are of."""
@@ -85,6 +86,7 @@ class View:
         self._seen: dict[Node, _Seen] = {}
         self._marks: deque[Mark] = deque(maxlen=_MARKS_KEPT)
         self._state: JSONObject = {}
+        self._made_at = -_FRESH_S
         self._looked = asyncio.Event()
 
     @property
@@ -94,7 +96,8 @@ class View:
     async def run(self) -> None:
         """Look for ever."""
         while True:
-            self.look()
+            self.recent.read_the_others()
+            self._note_changes()
             self._looked.set()
             self._looked = asyncio.Event()
             await asyncio.sleep(_LOOK_EVERY_S)
@@ -102,20 +105,15 @@ class View:
     async def next(self) -> JSONObject:
         """The picture of the next look."""
         await self._looked.wait()
-        return self._state
-
-    def look(self) -> None:
-        """Note what has changed, and make the next picture."""
-        self.recent.read_the_others()
-        now = time.time()  # noqa: TID251  for people
-        self._note_changes(now)
-        self._state = self._looked_at(now)
+        return self.state
 
     @property
     def state(self) -> JSONObject:
-        """As of the last look."""
-        if not self._state:
-            self.look()
+        """As of now, or of a moment ago: it is made when somebody looks, and once for all who do."""
+        if time.monotonic() - self._made_at > _FRESH_S:
+            self._made_at = time.monotonic()
+            self._note_changes()
+            self._state = self._looked_at(time.time())  # noqa: TID251  for people
         return self._state
 
     def log_of(self, name: str) -> Path | None:
@@ -123,7 +121,8 @@ class View:
 
     # -- changes
 
-    def _note_changes(self, now: float) -> None:
+    def _note_changes(self) -> None:
+        now = time.time()  # noqa: TID251  for people
         is_first = not self._seen
         for node in self._seen.keys() - set(self.fleet):
             del self._seen[node]
