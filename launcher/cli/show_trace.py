@@ -83,6 +83,7 @@ def _of_stage(stage: dict[str, Any]) -> Iterator[str]:
     if "cached" in stage:
         predicted = f", {stage['predicted']} predicted" if "predicted" in stage else ""
         notes.append(f"{stage['cached']} of {stage.get('tokens', 0)} tokens cached{predicted}")
+    notes += [f"{stage['bytes']} bytes"] if stage.get("bytes") else []
     notes += [f"KV {stage['kv']}"] if stage.get("kv") else []
     notes += ["not over yet"] if stage.get("running") else []
     if notes:

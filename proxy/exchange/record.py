@@ -52,6 +52,8 @@ class Stage:
     """0 while it lasts."""
     problem: str = ""
     """How it failed, in a word; empty when it did not."""
+    size: int = 0
+    """Of a body that was read, in bytes."""
     tokens: int = 0
     """Of a prefill: the prompt's."""
     predicted: int | None = None

@@ -190,6 +190,7 @@ class Endpoint:
         reading = record.begin("read")
         raw = await client.body(self._settings.max_body_bytes, memory)
         asked = await self._receiver.asked(client.path, raw, memory)
+        reading.size = len(raw)
         reading.end()
         record.model = _model(asked.body.get("model"))
         headers = [

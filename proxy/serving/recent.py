@@ -99,7 +99,8 @@ def _stage(stage: Stage, record: Record, now: float) -> JSONObject:
     found: JSONObject = {
         "name": stage.name, "node": stage.node, "attempt": stage.attempt, "part": stage.part,
         "began": round(stage.began - record.started, 4), "seconds": round((stage.ended or now) - stage.began, 4),
-        "running": not stage.ended, "problem": stage.problem, "tokens": stage.tokens, "predicted": stage.predicted,
+        "running": not stage.ended, "problem": stage.problem, "bytes": stage.size or None,
+        "tokens": stage.tokens or None, "predicted": stage.predicted,
         "cached": stage.cached, "kv": stage.kv,
     }  # fmt: skip
     return {name: value for name, value in found.items() if value != "" and value is not None and value is not False}

@@ -184,7 +184,8 @@ class Trace:
             return
         told: dict[str, Any] = {
             "pd.node": stage.node, "pd.attempt": stage.attempt, "pd.sequence": stage.part,
-            "pd.prompt_tokens": stage.tokens, "pd.cached_tokens.predicted": stage.predicted,
+            "pd.body_bytes": stage.size or None,
+            "pd.prompt_tokens": stage.tokens or None, "pd.cached_tokens.predicted": stage.predicted,
             "pd.cached_tokens.actual": stage.cached, "pd.kv": stage.kv,
         }  # fmt: skip
         span.set_attributes({name: value for name, value in told.items() if value not in (None, "")})

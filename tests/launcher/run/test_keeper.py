@@ -18,7 +18,7 @@ def test_a_node_that_ends_is_started_again_and_the_proxy_is_told(play: Play) -> 
         stage.place.latest("decode-0").end(-9)
         await stage.until("decode-0 is ready again.")
         assert stage.states() == {"prefill-0": "ready", "decode-0": "ready"}
-        assert stage.changes == 1
+        assert stage.changes == 2, "of its end, and of its return"
         (death,) = stage.fleet.lives["decode-0"].described(draining=False).deaths
         assert death.how == "killed by SIGKILL"
 
