@@ -86,5 +86,5 @@ def test_the_unit_starts_what_can_be_planned_and_is_told_when_it_is_ready(tmp_pa
 
 def test_no_example_is_forgotten_here() -> None:
     tested = {"openai_client.py", "curl.sh", "sim-2p1d.yaml", "gpu-1p1d.yaml", "cpu-1p1d.yaml", "Dockerfile",
-              "Dockerfile.dockerignore", "compose.yaml", "pd-launch.service", "demo.svg"}  # fmt: skip
+              "Dockerfile.dockerignore", "compose.yaml", "pd-launch.service", "demo.svg", "page.png"}  # fmt: skip
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == tested
