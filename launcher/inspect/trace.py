@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -49,7 +50,7 @@ def of(run: RunFolder, request_id: str) -> Traced:
 
 
 def _ask(found: Traced, state: RunState) -> None:
-    url = f"{state.admin_url}/requests/{found.request_id}"
+    url = f"{state.admin_url}/requests/{quote(found.request_id, safe='')}"
     try:
         answer = httpx.get(url, headers=admin_headers(state), timeout=_TIMEOUT_S, trust_env=False)
         if answer.status_code == 200:

@@ -12,9 +12,8 @@ from . import logs
 from .journal import Journal
 
 KEPT = 1000
-"""Of each worker's, and less of requests for many sequences:"""
+"""Of each worker's, and less where requests have many sequences: each of these has stages of its own."""
 _MOST_STAGES = 20_000
-
 
 _OF_A_RECORD = tuple(one.name for one in fields(Record) if one.name not in ("stages", "follower"))
 _OF_A_STAGE = tuple(one.name for one in fields(Stage) if one.name != "follower")

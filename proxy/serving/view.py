@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from engines.base import JSONObject, Role
@@ -189,7 +189,7 @@ class View:
                 for (prefill, decode), _ in self.fleet.pairs
                 if self.fleet.pairs.is_fenced(prefill, decode)
             ],
-            "marks": [_mark(mark) for mark in self._marks],
+            "marks": [asdict(mark) for mark in self._marks],
             "ended": self.recent.number,
         }
 
@@ -274,7 +274,3 @@ def _hand_offs(record: Record) -> Iterator[tuple[str, str]]:
 
 def _percentile(ordered: list[float], share: float) -> float | None:
     return round(ordered[min(int(share * len(ordered)), len(ordered) - 1)], 4) if ordered else None
-
-
-def _mark(mark: Mark) -> JSONObject:
-    return {"at": mark.at, "node": mark.node, "kind": mark.kind, "text": mark.text}
